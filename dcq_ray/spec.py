@@ -1,0 +1,209 @@
+"""The job: what a user may ask for, as frozen models with every default, range and unit.
+
+This module owns the vocabulary of the job file and nothing else: `jobfile` reads and checks a file against it, and the
+JSON schema for editors comes out of the same definitions.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Callable_ = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+WeightBits = Annotated[int, Field(ge=1, le=8)]
+LayerBits = Annotated[int, Field(ge=1, le=32)]
+
+
+class SpecModel(BaseModel):
+    """A frozen part of a job that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class OptimizerSpec(SpecModel):
+    """What any training loop needs: how long, how fast, how many at once."""
+
+    epochs: Count = 2
+    """Passes over the train part; 0 trains nothing."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: Rate = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """cosine: to zero at the last step; step: a tenth after one half and after three quarters of the steps."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD; Adam's first beta stays at its 0.9."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: PositiveInt = 128
+
+
+class FitSpec(OptimizerSpec):
+    """Training or fine-tuning of the teacher on the train part, with cross-entropy, before it is quantized."""
+
+    epochs: PositiveInt = 10
+    flip: bool = False
+    """Mirror every training image left to right with probability one half."""
+    crop_padding: Count = 0
+    """Pad training images by this many pixels on each side and crop at random back to size."""
+
+
+class TrainSpec(OptimizerSpec):
+    """Training of every section."""
+
+    loss: Literal["nmse", "mse"] = "nmse"
+    """nmse: mean of (student - teacher)^2 over mean of teacher^2, per batch."""
+    last_loss: Literal["cross-entropy", "distillation"] | None = None
+    """The loss of the last section, where it is to differ: on labels, or on the teacher's softened outputs."""
+    temperature: Rate = 2.0
+    """Of distillation."""
+    num_threads: PositiveInt = 1
+    """CPU threads of a worker; part of the job, because two threads give other sums than one."""
+
+
+class TeacherSpec(SpecModel):
+    """The full-precision network and where its weights come from."""
+
+    model: Text
+    """`dcq_ray:NAME`, `torchvision:NAME`, or `package.module:function` of your own."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that function."""
+    weights: Text | None = None
+    """A .safetensors or torch file (path or URI), the name of a torchvision weights enum, or null."""
+    fit: FitSpec | None = None
+    """Train or fine-tune it first, on the train part."""
+    min_top1: Fraction | Literal["auto"] = "auto"
+    """`run` refuses a teacher that scores less on held-out images; auto: 1.5 x chance; 0 switches it off."""
+
+
+class NormalizeSpec(SpecModel):
+    """Per-channel mean and standard deviation of images in [0, 1]."""
+
+    mean: tuple[float, ...] = Field(min_length=1)
+    std: tuple[Rate, ...] = Field(min_length=1)
+
+
+class DataSpec(SpecModel):
+    """The images, how they are brought into shape, and how they are split."""
+
+    dataset: Literal["digits", "mnist", "fashion-mnist", "cifar10", "svhn", "imagefolder", "npz"] | Callable_
+    """A data set's name, or `package.module:function` that returns one (see the README)."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of your own function."""
+    root: Text | None = None
+    """The folder of the data set."""
+    train: Text | None = None
+    """npz only: file below root with `images` [N,H,W,C] uint8, or `jpeg` + `offsets`; `labels` [N] optional."""
+    test: Text | None = None
+    """npz only: likewise."""
+    download: bool = True
+    """Fetch a torchvision data set into root where it is missing and the network allows."""
+    channels: Literal[1, 3] | None = None
+    """Turn images to grey or to colour; null: as they are."""
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
+    """Resize to [height, width]; null: as they are."""
+    normalize: NormalizeSpec | None = None
+    """null: images stay in [0, 1]."""
+    transform: Callable_ | None = None
+    """`package.module:function` from float32 [B,C,H,W] in [0, 1] to float32 [B,C,H,W], before normalize."""
+    metric: Callable_ | None = None
+    """`package.module:function` from logits [N,K] and labels [N] to a float, reported beside top-1."""
+    train_samples: PositiveInt | None = None
+    """null: all; a fixed, seeded, class-balanced choice."""
+    held_out_samples: PositiveInt | None = None
+    """Taken from the train set, never trained on; null: a tenth of it, at most 5,000."""
+    test_samples: PositiveInt | None = None
+    batch_size: PositiveInt = 128
+    """Images per forward pass of the teacher in dump and validation."""
+
+
+class SectionsSpec(SpecModel):
+    """How the teacher is cut: by exactly one of count, every and cuts."""
+
+    count: PositiveInt | None = None
+    """So many sections, the slowest as fast as possible under measured cost."""
+    every: Literal["block", "layer"] | None = None
+    cuts: tuple[Text, ...] | None = Field(default=None, min_length=1)
+    """Names of modules after which to cut, as `dcq-ray plan` prints them."""
+
+
+class WeightsSpec(SpecModel):
+    """The weight quantizer."""
+
+    scheme: Literal["dorefa"] = "dorefa"
+    bits: WeightBits = 1
+
+
+class OverrideSpec(SpecModel):
+    """Another number of bits for some layers; 32 leaves them alone."""
+
+    bits: LayerBits
+
+
+class QuantizeSpec(SpecModel):
+    """Which weights are quantized, and to how many bits."""
+
+    weights: WeightsSpec = WeightsSpec()
+    activations: None = None
+    """Only null so far: activations stay in floating point."""
+    first_last_bits: LayerBits | None = 8
+    """Bits of the first and the last layer; 32 leaves them alone; null: no exception."""
+    overrides: dict[str, OverrideSpec] = Field(default_factory=dict)
+    """Name pattern (as of a shell: `layer1.*`) -> {bits: …}; the last match wins; it must match something."""
+
+
+class ReduceSpec(SpecModel):
+    """Stitching and validation."""
+
+    reestimate_batchnorm: bool = True
+    """Recompute BatchNorm statistics on the stitched student's own activations."""
+    rounds: Literal[1] = 1
+    """Only 1 so far: every section is trained once, on the teacher's activations."""
+    polish_epochs: Literal[0] = 0
+    """Only 0 so far: no end-to-end training after stitching."""
+    max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Quality gate: percentage points that the student may lose against the teacher (1.5 means 0.015)."""
+
+
+class ResourcesSpec(SpecModel):
+    """What Ray reserves for each section."""
+
+    gpus_per_section: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """auto: the cluster's GPUs over the sections, at most one each, a unit fraction below that; 0: CPU."""
+    cpus_per_section: Annotated[float, Field(gt=0)] = 1
+    memory_per_section: PositiveInt | Literal["auto"] = "auto"
+    """Bytes; auto: the boundaries that the section keeps in memory, and its own needs."""
+
+
+class StorageSpec(SpecModel):
+    """Where files go, and in what form activations are stored."""
+
+    run_dir: Text = "runs/default"
+    """The run directory: a folder or a pyarrow.fs URI."""
+    cache_dir: Text = "runs/.cache"
+    """Boundaries and fitted teachers, shared between runs: a folder or a pyarrow.fs URI."""
+    dtype: Literal["float16", "float32"] = "float16"
+    compression: Literal["none", "zstd"] = "none"
+    checkpoint_seconds: Rate = 30.0
+    """How often a section saves a checkpoint, beside the end of every epoch."""
+    max_bytes: PositiveInt | None = None
+    """Refuse a dump that needs more bytes than this; null: what is free on the disk."""
+
+
+class Job(SpecModel):
+    """One job: a teacher, images, how to cut, quantize and train, and where to put the result."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    teacher: TeacherSpec
+    data: DataSpec
+    sections: SectionsSpec = SectionsSpec(count=4)
+    quantize: QuantizeSpec = QuantizeSpec()
+    train: TrainSpec = TrainSpec()
+    reduce: ReduceSpec = ReduceSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    storage: StorageSpec = StorageSpec()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
