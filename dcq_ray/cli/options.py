@@ -1,0 +1,45 @@
+"""Arguments that several commands share, and the job that they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dcq_ray.jobfile import load_job, resolve_job
+from dcq_ray.spec import Job
+
+Command = Callable[..., Any]
+
+job_argument = click.argument("job_path", metavar="JOB.yaml", type=click.Path())
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback with an error.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="a.b=c", help="Override a key of the job; may be given several times."
+)
+run_dir_option = click.option("--run-dir", metavar="DIR_OR_URI", help="Instead of the job's storage.run_dir.")
+log_format_option = click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of progress lines."
+)
+
+
+def read_job(job_path: str, overrides: tuple[str, ...], run_dir: str | None = None) -> tuple[Job, str]:
+    """The job of a file with overrides, and the folder whose modules it may name."""
+    if run_dir is not None:
+        # Through the same door as --set, so that it is checked in the same way.
+        overrides = (*overrides, f"storage.run_dir={_quoted(run_dir)}")
+    job = load_job(job_path, overrides=overrides, environment=os.environ)
+    return job, str(Path(job_path).resolve().parent)
+
+
+def read_run_job(content: bytes, source: str, overrides: tuple[str, ...]) -> Job:
+    """The job that a run directory keeps."""
+    import yaml
+
+    return resolve_job(yaml.safe_load(content), source=source, overrides=overrides, environment=os.environ)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,60 @@
+"""The plan as a person reads it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from dcq_ray.phases import Prediction
+from dcq_ray.records import PartitionPlan
+from dcq_ray.spec import Job
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    value, units = float(num_bytes), ("B", "KiB", "MiB", "GiB", "TiB")
+    for unit in units:
+        if value < 1024 or unit == units[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: Console) -> None:
+    """Sections, layers and boundaries, what they need on disk, and how long they should take."""
+    sections = Table(title=f"{job.name}: {len(plan.sections)} sections of {job.teacher.model}", title_justify="left")
+    for name in ("section", "modules", "parameters", "bits", "MACs/sample", "predicted s"):
+        sections.add_column(name, justify="left" if name == "modules" else "right", overflow="fold")
+    for section, seconds in zip(plan.sections, prediction.section_seconds, strict=True):
+        modules = section.modules
+        told = modules[0] if len(modules) == 1 else f"{modules[0]} … {modules[-1]}" if modules else "-"
+        sections.add_row(
+            str(section.index),
+            told,
+            f"{section.num_parameters:,}",
+            "-" if section.bits == 32 else f"{section.bits:.2f}",
+            f"{section.multiply_accumulates:,}",
+            f"{seconds:.1f}",
+        )
+    console.print(sections)
+    boundaries = Table(title="boundaries", title_justify="left")
+    for name in ("boundary", "after", "shape", "bytes on disk"):
+        boundaries.add_column(name, justify="right" if name in ("boundary", "bytes on disk") else "left", overflow="fold")
+    for boundary in plan.boundaries:
+        shape = "x".join(str(extent) for extent in boundary.shape)
+        boundaries.add_row(str(boundary.index), boundary.cut, shape, size(boundary.num_bytes))
+    total = sum(boundary.num_bytes for boundary in plan.boundaries)
+    boundaries.add_section()
+    boundaries.add_row("", f"all, {job.storage.dtype}, before compression", "", size(total))
+    console.print(boundaries)
+    layers = Table(title="layers", title_justify="left")
+    for name in ("layer", "kind", "weights", "bits"):
+        layers.add_column(name, justify="right" if name in ("weights", "bits") else "left", overflow="fold")
+    for layer in plan.layers:
+        layers.add_row(layer.module, layer.kind, f"{layer.num_weights:,}", "fp32" if layer.bits == 32 else str(layer.bits))
+    console.print(layers)
+    console.print(
+        f"on {prediction.num_workers} workers: dump {prediction.dump_seconds:.1f} s, training "
+        f"{prediction.train_seconds:.1f} s, together {prediction.makespan_seconds:.1f} s (predicted from one measured batch)"
+    )
+    console.print(f"to pin these sections: sections: {{cuts: [{', '.join(plan.cuts)}]}}", markup=False, soft_wrap=True)

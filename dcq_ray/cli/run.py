@@ -1,0 +1,198 @@
+"""`dcq-ray run` and `dcq-ray baseline`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
+from dcq_ray.errors import RunInterrupted, RunTerminated, UsageError
+from dcq_ray.jobfile import EXAMPLE_JOB
+
+if TYPE_CHECKING:
+    from dcq_ray.phases import Emit
+    from dcq_ray.records import RunReport
+    from dcq_ray.spec import Job
+
+_EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
+
+
+@click.command(
+    epilog=f"\b\nExample:\n  dcq-ray run jobs/quickstart.yaml --set quantize.weights.bits=2\n\n\b\nA job file:\n{_EXAMPLE}"
+)
+@job_argument
+@set_option
+@run_dir_option
+@click.option(
+    "--address",
+    default="auto",
+    show_default=True,
+    metavar="auto|local|none|ADDR",
+    help="auto: the running Ray if there is one, else start one here; local: always start one; none: without Ray.",
+)
+@click.option("--fresh", is_flag=True, help="Start over, instead of resuming what the run directory holds.")
+@click.option("--max-drop", type=float, metavar="PTS", help="Exit 3 when the student loses more percentage points than this.")
+@click.option("--baseline", "with_rival", is_flag=True, help="Also train end-to-end DoReFa at equal sample passes.")
+@click.option("--publish", metavar="DIR_OR_URI", help="Copy the student and its report there, if the gate is passed.")
+@log_format_option
+@debug_option
+def run(
+    job_path: str,
+    overrides: tuple[str, ...],
+    run_dir: str | None,
+    address: str,
+    fresh: bool,
+    max_drop: float | None,
+    with_rival: bool,
+    publish: str | None,
+    log_format: Literal["text", "json"],
+) -> None:
+    """Quantize the job's teacher: cut, dump, train every section in parallel, stitch, validate, report.
+
+    Run it again to resume: what an earlier run of the same run directory finished is not done again.
+    """
+    if max_drop is not None:
+        overrides = (*overrides, f"reduce.max_drop={max_drop}")
+    job, folder = read_job(job_path, overrides, run_dir)
+    with watching(job, log_format) as (emit, say), interruptible(job):
+        result = _run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+        if with_rival and result.baseline is None:
+            result = _run_rival(job, folder, emit) or result
+    _show(job, result, log_format)
+    from dcq_ray.phases import check_gate
+
+    check_gate(result)
+    if publish is not None:
+        _publish(job, publish)
+        click.echo(f"published to {publish}", err=True)
+
+
+@click.command(epilog="\b\nExample:\n  dcq-ray baseline jobs/mnist-lenet-w1.yaml --method dorefa")
+@job_argument
+@set_option
+@run_dir_option
+@click.option(
+    "--method",
+    type=click.Choice(["dorefa"]),
+    default="dorefa",
+    show_default=True,
+    help="dorefa: end-to-end DoReFa-Net training with cross-entropy, the best of three learning rates.",
+)
+@log_format_option
+@debug_option
+def baseline(
+    job_path: str, overrides: tuple[str, ...], run_dir: str | None, method: str, log_format: Literal["text", "json"]
+) -> None:
+    """Train a rival from the same teacher, data and quantizer at equal sample passes; its row goes beside the run's."""
+    job, folder = read_job(job_path, overrides, run_dir)
+    with watching(job, log_format) as (emit, _), interruptible(job):
+        result = _run_rival(job, folder, emit)
+    if result is not None:
+        _show(job, result, log_format)
+        return
+    from dcq_ray.storage import open_store
+
+    kept = open_store(job.storage.run_dir).read_bytes("baseline.json").decode()
+    click.echo(kept)
+    click.echo(f"the run itself is not finished: `dcq-ray run {job_path}` puts this row beside its own", err=True)
+
+
+def _run_phases(
+    job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any
+) -> RunReport:
+    owner = f"dcq-ray run of job {job.name}"
+    if address == "none":
+        from dcq_ray.phases import run_local
+
+        return run_local(job, folder, emit=emit, owner=owner, fresh=fresh)
+    from dcq_ray.remote import run_remote
+
+    return run_remote(
+        job,
+        folder,
+        address=address,
+        environment=os.environ,
+        emit=emit,
+        say=say,
+        owner=owner,
+        fresh=fresh,
+        log_to_driver="--debug" in sys.argv,
+    )
+
+
+def _run_rival(job: Job, folder: str, emit: Emit) -> RunReport | None:
+    """Train the rival, unless it was; the run's report with its row, or None where the run is not finished."""
+    import torch
+
+    from dcq_ray.baseline import train_dorefa
+    from dcq_ray.phases import choose_device, keep_baseline, kept_baseline, open_run
+
+    device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
+    owner = f"dcq-ray baseline of job {job.name}"
+    with open_run(job, folder, device=device, emit=emit, owner=owner, reporting=False) as session:
+        found = kept_baseline(session)
+        return keep_baseline(session, train_dorefa(session) if found is None else found)
+
+
+@contextlib.contextmanager
+def watching(job: Job, log_format: Literal["text", "json"]) -> Iterator[tuple[Emit, Any]]:
+    """Show progress on standard error: live on a terminal, else in lines."""
+    from dcq_ray.progress import open_monitor
+
+    style: Literal["live", "plain", "json"] = "plain"
+    if log_format == "json":
+        style = "json"
+    elif sys.stderr.isatty():
+        style = "live"
+    with open_monitor(style=style, stream=sys.stderr, name=job.name) as monitor:
+        yield monitor.update, monitor.message
+
+
+@contextlib.contextmanager
+def interruptible(job: Job) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into errors that say how to resume."""
+    resume = f"run the same command again to resume: what was finished is kept in {job.storage.run_dir}"
+
+    def terminate(_signal: int, _frame: object) -> None:
+        raise RunTerminated(f"terminated; {resume}")
+
+    earlier = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise RunInterrupted(f"interrupted; {resume}") from None
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def _show(job: Job, report: RunReport, log_format: Literal["text", "json"]) -> None:
+    """Write the page, and print the tables."""
+    from rich.console import Console
+
+    from dcq_ray.report import print_report, report_html, report_json
+    from dcq_ray.storage import open_store
+
+    store = open_store(job.storage.run_dir)
+    store.write_bytes("report.html", report_html(report).encode())
+    if log_format == "json":
+        click.echo(report_json(report))
+        return
+    print_report(report, Console())
+    click.echo(f"\nstudent  {store.uri}/student.safetensors\nreport   {store.uri}/report.html")
+
+
+def _publish(job: Job, target: str) -> None:
+    from dcq_ray.storage import open_store
+
+    source, published = open_store(job.storage.run_dir), open_store(target)
+    if published.uri == source.uri:
+        raise UsageError(f"--publish {target}: that is the run directory itself; name another folder")
+    # The report last: who sees it finds the student that it describes.
+    for name in ("job.yaml", "plan.json", "student.safetensors", "report.html", "report.json"):
+        published.write_bytes(name, source.read_bytes(name))

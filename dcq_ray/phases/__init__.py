@@ -1,0 +1,71 @@
+"""The steps of a run as plain functions, and `run_local`, which composes them in this process.
+
+    prepare -> dump(slices) -> [train(0) … train(n-1)] -> reduce -> report
+
+Every step takes a `RunContext` and opens what it needs from it, so the same functions run here, in a Ray task or in an
+actor. The run directory is the state: a step whose valid result lies there is not repeated.
+"""
+
+from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
+from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
+from dcq_ray.phases.gate import accuracy_drop, check_gate
+from dcq_ray.phases.local import run_local, section_done, section_failure
+from dcq_ray.phases.predict import Prediction, longest_first, predict
+from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
+from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_section, measure_untrained, measured_section
+from dcq_ray.phases.session import (
+    RunSession,
+    keep_baseline,
+    kept_baseline,
+    open_run,
+    read_report,
+    report_failure,
+    report_success,
+    with_baseline,
+    write_report,
+)
+from dcq_ray.phases.train import activation_memory_bytes, section_tasks, train_section
+
+__all__ = [
+    "DumpedSlice",
+    "Emit",
+    "Finished",
+    "Network",
+    "Prediction",
+    "Prepared",
+    "RunSession",
+    "TestScores",
+    "accuracy_drop",
+    "activation_memory_bytes",
+    "check_gate",
+    "choose_device",
+    "dump_slices",
+    "finish",
+    "ignore_progress",
+    "keep_baseline",
+    "kept_baseline",
+    "longest_first",
+    "measure_section",
+    "measure_untrained",
+    "measured_section",
+    "num_slices",
+    "obtain_teacher",
+    "open_network",
+    "open_run",
+    "open_splits",
+    "part_top1",
+    "plan_job",
+    "planning_teacher",
+    "predict",
+    "prepare",
+    "read_report",
+    "report_failure",
+    "report_success",
+    "run_local",
+    "section_done",
+    "section_failure",
+    "section_tasks",
+    "train_section",
+    "with_baseline",
+    "write_report",
+]

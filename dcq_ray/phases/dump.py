@@ -1,0 +1,221 @@
+"""Dump: one pass of the teacher over a slice of the train images writes that slice's shard of every missing boundary.
+
+A slice is as many images as one shard holds, and a shard is whole batches, so the activations do not depend on who dumps
+which slice. A boundary counts only when its manifest is committed; finished shards of an interrupted dump are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dcq_ray.data import Splits
+from dcq_ray.errors import DataError, ShardError, StorageError
+from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.records import Boundary, Progress, RunContext, ShardInfo, ShardManifest
+from dcq_ray.shards import commit_manifest, finished_shards, load_manifest, samples_per_shard, write_shard
+from dcq_ray.storage import Store, add_use, hold_boundary, open_store, remove_use
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DumpedSlice:
+    """One slice of the data, dumped for some boundaries."""
+
+    index: int
+    num_samples: int
+    cpu_seconds: float
+
+
+def boundary_store(context: RunContext, boundary: Boundary) -> Store:
+    """The folder of a boundary in the cache."""
+    return open_store(context.cache_dir).child(boundary.digest)
+
+
+def num_slices(context: RunContext) -> int:
+    """How many slices the train images make."""
+    num_samples = context.plan.boundaries[0].num_samples
+    return -(-num_samples // samples_per_shard(context.job.data.batch_size))
+
+
+def valid_manifest(context: RunContext, boundary: Boundary) -> ShardManifest | None:
+    """The manifest of a boundary, or None where it is missing or damaged and so must be dumped again."""
+    try:
+        return load_manifest(boundary_store(context, boundary), digest=boundary.digest)
+    except ShardError:
+        return None
+
+
+def reusable_boundaries(context: RunContext) -> tuple[Boundary, ...]:
+    """The boundaries of the plan that lie in the cache, whole."""
+    return tuple(b for b in context.plan.boundaries if valid_manifest(context, b) is not None)
+
+
+@contextlib.contextmanager
+def hold_boundaries(
+    context: RunContext, boundaries: Iterable[Boundary], on_wait: Callable[[str], None]
+) -> Iterator[tuple[Boundary, ...]]:
+    """Lock boundaries against other runs, and give those that are still missing once all locks are held.
+
+    Locks are taken in the order of digests, so that two runs never wait for each other; who waited finds the other's
+    boundaries done, or takes over what a dead one left.
+    """
+    with contextlib.ExitStack() as stack:
+        held = sorted(boundaries, key=lambda boundary: boundary.digest)
+        for boundary in held:
+            stack.enter_context(hold_boundary(boundary_store(context, boundary), on_wait=on_wait))
+        done = {boundary.digest for boundary in held if valid_manifest(context, boundary) is not None}
+        yield tuple(boundary for boundary in context.plan.boundaries if boundary in held and boundary.digest not in done)
+
+
+def check_space(context: RunContext, missing: Sequence[Boundary]) -> None:
+    """Refuse a dump that the disk, or the job's own limit, cannot hold; raises StorageError with both numbers."""
+    needed = sum(
+        boundary.num_bytes - sum(shard.num_bytes for shard in finished_shards(boundary_store(context, boundary)).values())
+        for boundary in missing
+    )
+    free = open_store(context.cache_dir).free_bytes()
+    remedy = "free some, name another storage.cache_dir, use fewer data.train_samples or sections, or dtype float16"
+    if free is not None and needed > free:
+        raise StorageError(
+            f"{context.cache_dir}: the boundaries' activations need {needed:,} bytes, but only {free:,} are free; {remedy}"
+        )
+    limit = context.job.storage.max_bytes
+    if limit is not None and needed > limit:
+        raise StorageError(
+            f"{context.cache_dir}: the boundaries' activations need {needed:,} bytes, but storage.max_bytes allows "
+            f"{limit:,}; raise it, or {remedy}"
+        )
+
+
+def dump_missing(
+    context: RunContext,
+    wanted: Sequence[Boundary],
+    run_slices: Callable[[Sequence[Boundary]], Iterable[DumpedSlice]],
+    emit: Emit,
+) -> float:
+    """Dump those of the wanted boundaries that the cache lacks, however `run_slices` does it; returns processor seconds.
+
+    Another run that dumps one of them is waited for.
+    """
+    total, done, cpu_seconds = context.plan.boundaries[0].num_samples, 0, 0.0
+    have = {boundary.index for boundary in reusable_boundaries(context)}
+    absent = [boundary for boundary in wanted if boundary.index not in have]
+
+    def on_wait(who: str) -> None:
+        emit(Progress(phase="dump", state="waiting", detail=who))
+
+    with hold_boundaries(context, absent, on_wait) as missing:
+        if not missing:
+            emit(Progress(phase="dump", state="reused", detail="the boundaries were in the cache"))
+            return 0.0
+        check_space(context, missing)
+        emit(Progress(phase="dump", done=0, total=total))
+        for dumped in run_slices(missing):
+            done += dumped.num_samples
+            cpu_seconds += dumped.cpu_seconds
+            emit(Progress(phase="dump", done=done, total=total))
+        for boundary in missing:
+            commit_boundary(context, boundary)
+    emit(Progress(phase="dump", state="done", done=total, total=total))
+    return cpu_seconds
+
+
+def lease_boundaries(context: RunContext) -> None:
+    """Say in every boundary's folder that this run uses it."""
+    for boundary in context.plan.boundaries:
+        add_use(boundary_store(context, boundary), context.run_dir)
+
+
+def release_boundaries(context: RunContext) -> None:
+    """Say that this run needs its boundaries no longer; they stay for others until they are collected."""
+    for boundary in context.plan.boundaries:
+        remove_use(boundary_store(context, boundary), context.run_dir)
+
+
+def dump_slices(
+    context: RunContext, network: Network, splits: Splits, indices: Iterable[int], missing: Sequence[Boundary]
+) -> Iterator[DumpedSlice]:
+    """Dump slices of the train images, one teacher pass each, and yield each slice as it is finished.
+
+    Shards that an earlier, interrupted dump finished are not written again; where none of a slice is missing, the teacher
+    does not run.
+    """
+    torch.set_num_threads(context.job.train.num_threads)
+    device = choose_device(context.device)
+    sections = [section.to(device) for section in network.sections]
+    size = samples_per_shard(context.job.data.batch_size)
+    finished = {boundary.digest: finished_shards(boundary_store(context, boundary)) for boundary in missing}
+    for index in indices:
+        start_cpu_seconds = time.process_time()
+        positions = np.arange(index * size, min((index + 1) * size, len(splits.train)))
+        wanted = [boundary for boundary in missing if index not in finished[boundary.digest]]
+        if wanted:
+            last = max(boundary.index for boundary in wanted)
+            activations: dict[int, list[np.ndarray]] = {boundary.index: [] for boundary in wanted}
+            for start in range(0, len(positions), context.job.data.batch_size):
+                batch = positions[start : start + context.job.data.batch_size]
+                for number, value in _boundary_values(sections, splits.train.images(batch).to(device), last):
+                    if number in activations:
+                        # A copy: the next section may work in place on this very tensor.
+                        activations[number].append(value.to("cpu", torch.float32, copy=True).numpy())
+            for boundary in wanted:
+                _write(context, boundary, index, np.concatenate(activations[boundary.index]))
+        yield DumpedSlice(
+            index=index, num_samples=len(positions), cpu_seconds=time.process_time() - start_cpu_seconds
+        )
+
+
+def commit_boundary(context: RunContext, boundary: Boundary) -> ShardManifest:
+    """Write the manifest of a boundary whose shards are all there; raises ShardError naming the missing ones."""
+    store = boundary_store(context, boundary)
+    shards: dict[int, ShardInfo] = finished_shards(store)
+    lost = [index for index in range(num_slices(context)) if index not in shards]
+    if lost:
+        raise ShardError(
+            f"{store.uri}: boundary {boundary.index} ({boundary.cut}) lacks shards {lost[:5]} of {num_slices(context)} "
+            "after the dump; is storage.cache_dir a folder that every node shares? Run again to dump what is missing"
+        )
+    manifest = ShardManifest(
+        digest=boundary.digest,
+        cut=boundary.cut,
+        shape=boundary.shape,
+        dtype=boundary.dtype,
+        compression=context.job.storage.compression,
+        num_samples=boundary.num_samples,
+        samples_per_shard=samples_per_shard(context.job.data.batch_size),
+        shards=tuple(shards[index] for index in range(num_slices(context))),
+    )
+    commit_manifest(store, manifest)
+    return manifest
+
+
+def _boundary_values(
+    sections: Sequence[torch.nn.Module], images: torch.Tensor, last: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    value = images
+    yield 0, value
+    with torch.no_grad():
+        for number, section in enumerate(sections[:last], start=1):
+            value = section(value)
+            yield number, value
+
+
+def _write(context: RunContext, boundary: Boundary, index: int, array: np.ndarray) -> None:
+    if array.shape[1:] != boundary.shape:
+        raise DataError(
+            f"boundary {boundary.index} ({boundary.cut}): got activations of shape {array.shape[1:]}, the plan says "
+            f"{boundary.shape}; the data have changed since the plan was made: run again with --fresh"
+        )
+    write_shard(
+        boundary_store(context, boundary),
+        index=index,
+        array=array,
+        dtype=boundary.dtype,
+        compression=context.job.storage.compression,
+        digest=boundary.digest,
+    )

@@ -1,0 +1,104 @@
+"""`run_local`: the phases one after the other in this process, without Ray."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from dcq_ray.errors import DcqError, RunInterrupted, StaleRunError
+from dcq_ray.phases.context import Emit, Network, choose_device, open_network
+from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
+from dcq_ray.phases.reduce import finish, measure_section, measure_untrained, measured_section
+from dcq_ray.phases.session import RunSession, open_run, report_failure, report_success
+from dcq_ray.phases.train import activation_memory_bytes, train_section
+from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
+from dcq_ray.spec import Job
+
+
+def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool = False) -> RunReport:
+    """Run a job from end to end in this process; resumes what an earlier run of its run directory finished.
+
+    Raises:
+        SectionTrainingError: sections failed; the report names them, the others' results stay.
+    """
+    device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
+    with open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh) as session:
+        if session.finished_report is not None:
+            return session.finished_report
+        context, splits = session.context, session.prepared.splits
+        network = open_network(context)
+
+        def dump_all(missing: Sequence[Boundary]) -> Iterator[DumpedSlice]:
+            return dump_slices(context, network, splits, range(num_slices(context)), missing)
+
+        session.dump(dump_all)
+        started = time.monotonic()
+        results, failures = dict(session.results), []
+        for task in session.pending:
+            outcome = attempt(session, task, network)
+            if isinstance(outcome, SectionFailure):
+                failures.append(outcome)
+            else:
+                results[task.index] = outcome
+        train_seconds = time.monotonic() - started
+        ordered = [results[index] for index in sorted(results)]
+        if failures:
+            raise report_failure(session, ordered, failures)
+        measurements = [
+            measured_section(context, result) or measure_section(context, result, network, splits)
+            for result in ordered
+        ]
+        scores = measure_untrained(context, network, splits)
+        finished = finish(context, ordered, network, splits, emit=session.emit)
+        report = report_success(
+            session, ordered, measurements, scores, finished, num_workers=1, train_seconds=train_seconds
+        )
+        session.emit(Progress(phase="reduce", state="done"))
+        return report
+
+
+def attempt(session: RunSession, task: SectionTask, network: Network) -> SectionResult | SectionFailure:
+    """Train a section, or say why it failed, so that one bad section never discards the others."""
+    context = session.context
+    device = choose_device(context.device)
+    try:
+        result = train_section(
+            context,
+            task,
+            network,
+            session.prepared.splits,
+            emit=session.emit,
+            memory_bytes=activation_memory_bytes(context.job, device, num_at_once=1),
+        )
+    except (RunInterrupted, StaleRunError):
+        raise
+    except DcqError as error:
+        failure = section_failure(task, error)
+        session.emit(Progress(phase="train", index=task.index, state="failed", detail=failure.message))
+        return failure
+    session.emit(section_done(result))
+    return result
+
+
+def section_done(result: SectionResult) -> Progress:
+    """The line of a section that was trained to the end."""
+    return Progress(
+        phase="train",
+        index=result.index,
+        state="done",
+        done=result.num_steps,
+        total=result.num_steps,
+        unit="steps",
+        loss=result.final_loss,
+        per_second=result.num_sample_passes / result.seconds if result.seconds else None,
+    )
+
+
+def section_failure(task: SectionTask, error: DcqError) -> SectionFailure:
+    """What the report says of a section that failed; call it while the exception is handled."""
+    return SectionFailure(
+        index=task.index, error_type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
+    )

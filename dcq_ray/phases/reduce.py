@@ -1,0 +1,270 @@
+"""Reduce: measure every section alone, stitch them, re-estimate BatchNorm, validate, write the student and the report.
+
+Held-out images serve every choice and every intermediate figure; test images are touched once, for the figures of the
+teacher, the untrained and the final student.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dcq_ray.callables import load_callable
+from dcq_ray.data import Part, Splits, ordered_batches
+from dcq_ray.digests import json_sha256, tensors_sha256
+from dcq_ray.errors import DataError
+from dcq_ray.partition import cut, trace_teacher
+from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.phases.prepare import part_top1
+from dcq_ray.phases.train import refuse_stale, section_store, section_weights
+from dcq_ray.quantize import bake, packed_num_bytes, put_quantizers
+from dcq_ray.records import (
+    Progress,
+    RunContext,
+    SectionMeasurement,
+    SectionResult,
+    ValidationReport,
+    from_json,
+    to_json,
+)
+from dcq_ray.stitch import reestimate_batchnorm, stitch
+from dcq_ray.storage import open_store
+from dcq_ray.teacher import state_bytes
+from dcq_ray.validate import agreement, boundary_errors, predict, top_k
+
+# Statistics over so many images times their positions are exact enough; more would cost a pass over the train part.
+MAX_BATCHNORM_SAMPLES = 5120
+MEASUREMENT_FILE = "measurement.json"
+STUDENT_FILE = "student.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestScores:
+    """Top-1 on the test part; None without labels."""
+
+    __test__ = False
+
+    key: str
+    teacher_top1: float | None
+    untrained_top1: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What the reducer found about the stitched student."""
+
+    student_sha256: str
+    student_num_bytes_packed: int
+    test_top1: float | None
+    validation: ValidationReport
+    seconds: float
+    cpu_seconds: float
+
+
+def measured_section(context: RunContext, result: SectionResult) -> SectionMeasurement | None:
+    """The measurement that an earlier reducer made of this attempt, or None."""
+    content = section_store(context, result.index).child(result.attempt).read_bytes_or_none(MEASUREMENT_FILE)
+    if content is None:
+        return None
+    try:
+        found = from_json(SectionMeasurement, content)
+    except ValueError:
+        return None
+    return found if found.task_digest == result.task_digest else None
+
+
+def measure_section(context: RunContext, result: SectionResult, network: Network, splits: Splits) -> SectionMeasurement:
+    """Measure the teacher with this one section replaced, on held-out images; kept beside the section's weights."""
+    torch.set_num_threads(context.job.train.num_threads)
+    device = choose_device(context.device)
+    sections = [section.to(device).eval() for section in network.sections]
+    student = _student_section(context, result, network).to(device)
+    alone, reference = [], []
+    squared_error = squared_norm = 0.0
+    with torch.no_grad():
+        for images, _ in ordered_batches(splits.held_out, context.job.data.batch_size):
+            value = images.to(device)
+            for section in sections[: result.index]:
+                value = section(value)
+            # Clones, since a section may work in place on its input.
+            replaced = student(value.clone())
+            target = sections[result.index](value)
+            squared_error += float((replaced.double() - target.double()).square().sum())
+            squared_norm += float(target.double().square().sum())
+            for section in sections[result.index + 1 :]:
+                replaced, target = section(replaced), section(target)
+            alone.append(replaced.float().cpu())
+            reference.append(target.float().cpu())
+    logits = torch.cat(alone)
+    labels = splits.held_out.labels
+    measurement = SectionMeasurement(
+        index=result.index,
+        task_digest=result.task_digest,
+        top1_alone=None if labels is None else top_k(logits, torch.from_numpy(labels), 1),
+        agreement_alone=agreement(logits, torch.cat(reference)),
+        relative_error=(squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
+    )
+    section_store(context, result.index).child(result.attempt).write_bytes(MEASUREMENT_FILE, to_json(measurement))
+    return measurement
+
+
+def test_key(context: RunContext, splits: Splits) -> str:
+    """Digest of all that the scores of teacher and untrained student depend on."""
+    return json_sha256(
+        {
+            "plan": context.plan.key,
+            "test": None if splits.test is None else splits.test.sha256,
+            "reestimate": context.job.reduce.reestimate_batchnorm,
+            "layers": [[layer.module, layer.bits] for layer in context.plan.layers],
+            "device": context.device,
+        }
+    )
+
+
+def measure_untrained(context: RunContext, network: Network, splits: Splits) -> TestScores:
+    """Score the teacher and the student before any training on the test part; kept in the run directory."""
+    torch.set_num_threads(context.job.train.num_threads)
+    key = test_key(context, splits)
+    store = open_store(context.run_dir)
+    content = store.read_bytes_or_none("test-scores.json")
+    if content is not None:
+        try:
+            found = from_json(TestScores, content)
+            if found.key == key:
+                return found
+        except ValueError:
+            pass
+    device = choose_device(context.device)
+    batch_size = context.job.data.batch_size
+    teacher_top1 = untrained_top1 = None
+    if splits.test is not None and splits.test.labels is not None:
+        teacher = network.teacher.module.to(device)
+        teacher_top1 = part_top1(teacher, splits.test, batch_size, device)
+        untrained = stitch(network.teacher.module, context.plan.layers, [])
+        adapt_batchnorm(context, untrained, splits.train, device)
+        untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
+    scores = TestScores(key=key, teacher_top1=teacher_top1, untrained_top1=untrained_top1)
+    store.write_bytes("test-scores.json", to_json(scores))
+    return scores
+
+
+def finish(
+    context: RunContext, results: Sequence[SectionResult], network: Network, splits: Splits, *, emit: Emit
+) -> Finished:
+    """Stitch the sections, re-estimate BatchNorm, validate, and write the student.
+
+    `student.safetensors` is committed before the driver writes the report that names its digest.
+    """
+    started, start_cpu_seconds = time.monotonic(), time.process_time()
+    torch.set_num_threads(context.job.train.num_threads)
+    job, device = context.job, choose_device(context.device)
+    steps = ("stitch", "re-estimate BatchNorm", "validate", "write")
+
+    def say(number: int) -> None:
+        emit(Progress(phase="reduce", done=number, total=len(steps), unit="steps", detail=steps[number]))
+
+    say(0)
+    states = [section_weights(context, result) for result in results]
+    student = stitch(network.teacher.module, context.plan.layers, states)
+    say(1)
+    adapt_batchnorm(context, student, splits.train, device)
+    extra = bake(student)
+    say(2)
+    validation = validate(context, student, network, splits.held_out, device)
+    test_top1 = None if splits.test is None else part_top1(student, splits.test, job.data.batch_size, device)
+    say(3)
+    student.to("cpu")
+    state = {name: value.detach().contiguous() for name, value in (*student.state_dict().items(), *extra.items())}
+    sha256 = tensors_sha256(state)
+    metadata = {
+        "format": "dcq-ray student 1",
+        "run": job.name,
+        "model": job.teacher.model,
+        "teacher_sha256": context.plan.teacher_sha256,
+        "sha256": sha256,
+    }
+    refuse_stale(context)
+    open_store(context.run_dir).write_bytes(STUDENT_FILE, state_bytes(state, metadata))
+    return Finished(
+        student_sha256=sha256,
+        student_num_bytes_packed=packed_num_bytes(state, context.plan.layers),
+        test_top1=test_top1,
+        validation=validation,
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - start_cpu_seconds,
+    )
+
+
+def adapt_batchnorm(context: RunContext, student: nn.Module, train: Part, device: torch.device) -> None:
+    """Re-estimate BatchNorm on train images, where the job asks for it."""
+    student.to(device)
+    if context.job.reduce.reestimate_batchnorm:
+        reestimate_batchnorm(student, _first_images(train, context.job.data.batch_size), device)
+
+
+def validate(
+    context: RunContext, student: nn.Module, network: Network, held_out: Part, device: torch.device
+) -> ValidationReport:
+    """The student against the teacher on held-out images: accuracy, agreement, and error at every boundary."""
+    job = context.job
+    teacher = network.teacher.module.to(device)
+    logits = predict(student, _images(held_out, job.data.batch_size), device)
+    reference = predict(teacher, _images(held_out, job.data.batch_size), device)
+    labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
+    teacher_sections = [section.to(device) for section in network.sections]
+    errors = boundary_errors(
+        teacher_sections, _student_sections(context, student), _images(held_out, job.data.batch_size), device
+    )
+    return ValidationReport(
+        num_samples=len(held_out),
+        top1=None if labels is None else top_k(logits, labels, 1),
+        top5=None if labels is None else top_k(logits, labels, 5),
+        agreement_with_teacher=agreement(logits, reference),
+        boundary_errors=errors,
+        teacher_top1=None if labels is None else top_k(reference, labels, 1),
+        metric=_metric(context, logits, labels),
+        teacher_metric=_metric(context, reference, labels),
+    )
+
+
+def _student_section(context: RunContext, result: SectionResult, network: Network) -> nn.Module:
+    """A trained section, on the teacher's own graph."""
+    module = copy.deepcopy(network.sections[result.index])
+    put_quantizers(module, context.plan.sections[result.index].layers)
+    module.load_state_dict(section_weights(context, result))
+    return module.eval()
+
+
+def _student_sections(context: RunContext, student: nn.Module) -> tuple[nn.Module, ...]:
+    device = next(iter(student.parameters())).device
+    example = torch.zeros(2, *context.plan.input_shape, device=device)
+    return tuple(section.to(device) for section in cut(trace_teacher(student, example), context.plan.cuts))
+
+
+def _images(part: Part, batch_size: int) -> Iterator[Tensor]:
+    return (images for images, _ in ordered_batches(part, batch_size))
+
+
+def _first_images(part: Part, batch_size: int) -> Iterator[Tensor]:
+    # The train part is shuffled, so its beginning is a fair choice.
+    num_samples = min(len(part), MAX_BATCHNORM_SAMPLES)
+    for start in range(0, num_samples, batch_size):
+        yield part.images(np.arange(start, min(start + batch_size, num_samples)))
+
+
+def _metric(context: RunContext, logits: Tensor, labels: Tensor | None) -> float | None:
+    reference = context.job.data.metric
+    if reference is None or labels is None:
+        return None
+    function = load_callable(reference, folder=context.job_folder, where="data.metric", error=DataError)
+    value = function(logits, labels)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"data.metric: {reference} returned {value!r}, expected a number") from None
