@@ -28,6 +28,7 @@ from dcq_ray.partition import (
     prefix_digests,
     quantizable_layers,
     section_costs,
+    section_multiply_accumulates,
     trace_teacher,
 )
 from dcq_ray.phases.context import Emit, save_teacher
@@ -173,7 +174,8 @@ def plan_job(
         )
         for index in range(len(shapes))
     )
-    seconds = section_costs(costs, cuts)
+    macs = section_multiply_accumulates(traced, cuts)
+    seconds = section_costs(traced, costs, cuts)
     return PartitionPlan(
         key=key,
         teacher_sha256=teacher.sha256,
@@ -181,7 +183,7 @@ def plan_job(
         input_shape=tuple(example.shape[1:]),
         boundaries=boundaries,
         sections=tuple(
-            _section_plan(index, section, layers, *seconds[index]) for index, section in enumerate(sections)
+            _section_plan(index, section, layers, *seconds[index], macs[index]) for index, section in enumerate(sections)
         ),
         unquantized_parameters=_unquantized(teacher, layers),
     )
@@ -291,8 +293,9 @@ def _section_plan(
     layers: dict[str, LayerPlan],
     forward_seconds: float,
     step_seconds: float,
+    multiply_accumulates: int,
 ) -> SectionPlan:
-    modules, num_parameters, multiply_accumulates = describe_section(section)
+    modules, num_parameters = describe_section(section)
     return SectionPlan(
         index=index,
         modules=modules,

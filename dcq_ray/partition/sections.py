@@ -1,0 +1,137 @@
+"""Cut a traced teacher into sections that keep the teacher's own names, and say what is in them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from dcq_ray.digests import json_sha256, tensors_sha256
+from dcq_ray.errors import PartitionError
+from dcq_ray.partition.trace import LAYER_TYPES, CutPoint, TracedTeacher
+
+NUM_NEAR = 4
+
+
+def find_cut(traced: TracedTeacher, name: str) -> CutPoint:
+    """The legal cut of that name or alias; raises PartitionError listing the legal ones near it."""
+    for point in traced.cut_points:
+        if name in point.aliases:
+            return point
+    if name in traced.illegal:
+        index, reason = traced.illegal[name]
+        near = sorted(traced.cut_points, key=lambda point: abs(point.node_index - index))[:NUM_NEAR]
+        near.sort(key=lambda point: point.node_index)
+        told = f"no legal cut, because {reason}"
+    else:
+        known = {alias: point for point in traced.cut_points for alias in point.aliases}
+        close = difflib.get_close_matches(name, known, n=NUM_NEAR, cutoff=0.3) or list(known)[:NUM_NEAR]
+        near = list(dict.fromkeys(known[alias] for alias in close))
+        told = "not the name of a module or node of the teacher"
+    legal = ", ".join(point.name for point in near) or "none: the teacher cannot be cut"
+    raise PartitionError(f"sections.cuts: {name} is {told}; legal cuts near it: {legal}")
+
+
+def ordered_cuts(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[CutPoint, ...]:
+    """The cuts of those names in the order of the network; raises PartitionError where two are the same place."""
+    points = sorted((find_cut(traced, name) for name in cuts), key=lambda point: point.node_index)
+    for one, other in zip(points, points[1:], strict=False):
+        if one == other:
+            raise PartitionError(f"sections.cuts: {one.name} is named twice ({', '.join(one.aliases)} are the same place)")
+    return tuple(points)
+
+
+def cut(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[GraphModule, ...]:
+    """One module per section, in order; n cuts give n + 1 sections.
+
+    The keys of a section's state_dict are the teacher's own. Sections are deep copies: to train one changes nothing else.
+    """
+    nodes = list(traced.graph_module.graph.nodes)
+    ends = [point.node_index for point in ordered_cuts(traced, cuts)]
+    starts = [next(index for index, node in enumerate(nodes) if node.op == "placeholder"), *ends]
+    return tuple(
+        _section(traced.graph_module, nodes, start, end) for start, end in zip(starts, [*ends, len(nodes) - 1], strict=True)
+    )
+
+
+def assert_composition(module: nn.Module, sections: Sequence[nn.Module], example: Tensor) -> None:
+    """Check that the sections, one after the other, equal the module bit for bit on an example; PartitionError otherwise."""
+    with torch.no_grad():
+        expected = module(example.clone())
+        value = example
+        for section in sections:
+            value = section(value.clone())
+    if not torch.equal(value, expected):
+        differing = int((value != expected).any(dim=1).sum()) if value.shape == expected.shape else len(example)
+        raise PartitionError(
+            f"the {len(sections)} sections do not compose to the teacher: {differing} of {len(example)} outputs differ; the "
+            "teacher's forward is not a pure function of its input (randomness, or state that it changes)"
+        )
+
+
+def prefix_digests(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[str, ...]:
+    """For every boundary a digest of the traced code and the tensors up to it; other cuts do not enter."""
+    nodes = list(traced.graph_module.graph.nodes)
+    start = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
+    ends = [*(point.node_index for point in ordered_cuts(traced, cuts)), len(nodes) - 1]
+    digests = [json_sha256(["input", list(traced.input_shape)])]
+    for end in ends:
+        prefix = _section(traced.graph_module, nodes, start, end, copied=False)
+        parts = [repr(prefix.get_submodule(str(n.target))) for n in prefix.graph.nodes if n.op == "call_module"]
+        digests.append(json_sha256([str(prefix.graph), parts, tensors_sha256(prefix.state_dict())]))
+    return tuple(digests)
+
+
+def describe_section(section: GraphModule) -> tuple[tuple[str, ...], int]:
+    """The names of a section's leaf modules in order of execution, and its number of parameters."""
+    modules = dict.fromkeys(str(node.target) for node in section.graph.nodes if node.op == "call_module")
+    return tuple(modules), sum(parameter.numel() for parameter in section.parameters())
+
+
+def section_multiply_accumulates(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[int, ...]:
+    """Multiply-accumulates per sample in the Conv and Linear layers of each section."""
+    before = [point.multiply_accumulates_before for point in ordered_cuts(traced, cuts)]
+    edges = [0, *before, traced.total_multiply_accumulates]
+    return tuple(high - low for low, high in zip(edges, edges[1:], strict=False))
+
+
+def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...]:
+    """Conv and Linear layers in order of execution, by the teacher's names."""
+    found: dict[str, nn.Module] = {}
+    for node in section.graph.nodes:
+        if node.op == "call_module":
+            called = section.get_submodule(str(node.target))
+            for name, module in called.named_modules(prefix=str(node.target)):
+                if isinstance(module, LAYER_TYPES):
+                    found.setdefault(name, module)
+    return tuple(found.items())
+
+
+def _section(
+    root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, copied: bool = True
+) -> GraphModule:
+    """The nodes after `start`, whose value is the section's input, up to and with `end`, whose value is its output."""
+    graph = Graph()
+    values = {nodes[start]: graph.placeholder("x")}
+
+    def value_of(node: Node) -> Node:
+        if node not in values:
+            # Only parameters and buffers are needed from before the section: liveness saw to that.
+            values[node] = graph.node_copy(node, value_of)
+        return values[node]
+
+    for node in nodes[start + 1 : end + 1]:
+        if node.op == "output":
+            graph.output(value_of(node.args[0]))  # type: ignore[arg-type]
+        elif node.op not in ("get_attr", "placeholder"):
+            values[node] = graph.node_copy(node, value_of)
+    if nodes[end].op != "output":
+        graph.output(values[nodes[end]])
+    section = GraphModule(root, graph, "Section")
+    if copied:
+        section = copy.deepcopy(section)
+    return section.eval()

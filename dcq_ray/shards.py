@@ -1,0 +1,280 @@
+"""Arrow shards: a boundary's activations as checksummed IPC files with a manifest; speaks numpy, knows no tensors.
+
+A shard is one IPC *file* with one fixed-shape-tensor column, so an uncompressed one is read from its memory map without a
+copy. Arrow notices a truncated file but not a flipped byte: every shard's sha256 is in the manifest, and the manifest holds
+its own. A boundary counts once `manifest.json` is there; until then each finished shard has a sidecar, `shard-NNNNN.json`,
+by which an interrupted dump goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dcq_ray.errors import ShardError, StorageError
+from dcq_ray.records import FORMAT_VERSION, ShardInfo, ShardManifest, from_json, to_json
+from dcq_ray.storage import Store
+
+MAX_SAMPLES_PER_SHARD = 1024
+MANIFEST_FILE = "manifest.json"
+COLUMN = "activation"
+
+Array = NDArray[Any]
+
+
+def samples_per_shard(batch_size: int) -> int:
+    """Samples in a shard: the most whole batches within 1,024 samples, and at least one batch."""
+    return batch_size * max(1, MAX_SAMPLES_PER_SHARD // batch_size)
+
+
+def write_shard(
+    store: Store, *, index: int, array: Array, dtype: str, compression: str, digest: str
+) -> ShardInfo:
+    """Write one shard of a boundary, and its sidecar; the file is there whole or not at all.
+
+    Args:
+        array: float32 [N, ...], N >= 1.
+        dtype: float16 or float32, as stored.
+        compression: none or zstd.
+        digest: of the boundary.
+
+    Raises:
+        ShardError: an activation is not finite, or too large for float16.
+    """
+    stored = _checked(store, index, array, dtype)
+    samples = np.ascontiguousarray(stored.reshape(len(stored), *(stored.shape[1:] or (1,))))
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(samples)
+    metadata = {"format_version": str(FORMAT_VERSION), "digest": digest, "index": str(index)}
+    schema = pa.schema([pa.field(COLUMN, column.type)], metadata=metadata)
+    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
+    name = shard_name(index)
+    with store.open_output(name) as file:
+        hashing = _HashingFile(file)
+        with pa.ipc.new_file(hashing, schema, options=options) as writer:
+            writer.write_batch(pa.record_batch([column], schema=schema))
+    info = ShardInfo(
+        index=index,
+        file_name=name,
+        num_samples=len(array),
+        num_bytes=hashing.num_bytes,
+        sha256=hashing.hexdigest(),
+    )
+    store.write_bytes(_sidecar_name(index), _sealed(to_json(info)))
+    return info
+
+
+def shard_name(index: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{index:05d}.arrow"
+
+
+def finished_shards(store: Store) -> dict[int, ShardInfo]:
+    """The shards that an unfinished dump has written, by index; sidecars that are damaged or lack their file do not count."""
+    found = {}
+    for name in store.list_names():
+        if name.startswith("shard-") and name.endswith(".json"):
+            with contextlib.suppress(ValueError, StorageError):
+                info = from_json(ShardInfo, _unsealed(store.read_bytes(name)))
+                if store.size(info.file_name) == info.num_bytes and name == _sidecar_name(info.index):
+                    found[info.index] = info
+    return found
+
+
+def commit_manifest(store: Store, manifest: ShardManifest) -> None:
+    """Make a boundary's shards count, and remove the sidecars."""
+    store.write_bytes(MANIFEST_FILE, _sealed(to_json(manifest)))
+    for shard in manifest.shards:
+        store.delete(_sidecar_name(shard.index))
+
+
+def load_manifest(store: Store, *, digest: str) -> ShardManifest | None:
+    """The manifest of a boundary, or None where there is none.
+
+    Raises:
+        ShardError: it is damaged, of another boundary or format, or a shard is missing or has another size.
+    """
+    content = store.read_bytes_or_none(MANIFEST_FILE)
+    if content is None:
+        return None
+    where = f"{store.uri}/{MANIFEST_FILE}"
+    try:
+        manifest = from_json(ShardManifest, _unsealed(content))
+    except ValueError as error:
+        raise _damaged(where, f"it is damaged ({str(error).splitlines()[0]})") from error
+    if manifest.format_version != FORMAT_VERSION or manifest.digest != digest:
+        raise _damaged(
+            where,
+            f"it is of boundary {manifest.digest[:12]}, format {manifest.format_version}; expected {digest[:12]}, "
+            f"format {FORMAT_VERSION}",
+        )
+    for shard in manifest.shards:
+        size = store.size(shard.file_name)
+        if size != shard.num_bytes:
+            got = "is missing" if size is None else f"has {size:,} bytes, expected {shard.num_bytes:,}"
+            raise _damaged(f"{store.uri}/{shard.file_name}", f"it {got}")
+    return manifest
+
+
+class BoundaryReader:
+    """Rows of a boundary by position; what it gives are fresh, writable copies."""
+
+    def __init__(self, parts: Sequence[Array], shape: tuple[int, ...], stack: contextlib.ExitStack) -> None:
+        self._parts = list(parts)
+        self._stack = stack
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.num_samples = int(self._ends[-1])
+        self.shape = shape
+        self.dtype = parts[0].dtype
+
+    def read(self, positions: NDArray[np.int64]) -> Array:
+        """The rows [B, ...] at positions [B], in the stored dtype; raises IndexError outside 0 … num_samples - 1."""
+        if len(positions) and not (0 <= positions.min() and positions.max() < self.num_samples):
+            raise IndexError(f"positions {positions.min()} … {positions.max()} are not all within {self.num_samples} samples")
+        rows = np.empty((len(positions), *self.shape), self.dtype)
+        owners = np.searchsorted(self._ends, positions, side="right")
+        for owner in np.unique(owners):
+            chosen = owners == owner
+            part = self._parts[owner]
+            rows[chosen] = part[positions[chosen] - (self._ends[owner] - len(part))]
+        return rows
+
+    def close(self) -> None:
+        """Let go of the files; the reader gives nothing afterwards."""
+        self._parts.clear()
+        self._stack.close()
+
+    def __enter__(self) -> BoundaryReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_boundary(store: Store, manifest: ShardManifest, *, verify: bool = True) -> BoundaryReader:
+    """Open a boundary for reading: memory maps where the storage is local and uncompressed, else in memory.
+
+    Raises:
+        ShardError: a shard is missing, damaged, or another's; it is named.
+    """
+    with contextlib.ExitStack() as stack:
+        parts = [_open_shard(store, manifest, shard, stack, verify) for shard in manifest.shards]
+        return BoundaryReader(parts, manifest.shape, stack.pop_all())
+
+
+def sample_order(num_samples: int, *, window: int, seed: int, section: int, epoch: int) -> NDArray[np.int64]:
+    """The order [num_samples] in which a section sees samples in an epoch: windows in order, shuffled within each.
+
+    A fixed function of its arguments, so that it depends neither on who trains nor on when; and since no sample comes before
+    its window, training may start while the dump goes on.
+    """
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, section, epoch])))
+    parts = [
+        start + generator.permutation(min(window, num_samples - start)) for start in range(0, num_samples, window)
+    ]
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+def _checked(store: Store, index: int, array: Array, dtype: str) -> Array:
+    where = f"{store.uri}/{shard_name(index)}"
+    if len(array) == 0:
+        raise ShardError(f"{where}: a shard needs at least one sample")
+    finite = np.isfinite(array)
+    if not finite.all():
+        rows = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
+        raise ShardError(
+            f"{where}: {len(rows)} of {len(array)} samples have activations that are not finite, the first is sample "
+            f"{rows[0]} of the shard; look for NaN in the images or the teacher's weights"
+        )
+    largest = float(np.abs(array).max()) if array.size else 0.0
+    if dtype == "float16" and largest > np.finfo(np.float16).max:
+        raise ShardError(
+            f"{where}: an activation of magnitude {largest:g} does not fit float16 (at most {np.finfo(np.float16).max:g}); "
+            "set storage.dtype: float32"
+        )
+    return array.astype(dtype)
+
+
+def _open_shard(
+    store: Store, manifest: ShardManifest, shard: ShardInfo, stack: contextlib.ExitStack, verify: bool
+) -> Array:
+    where = f"{store.uri}/{shard.file_name}"
+    path = store.local_path(shard.file_name)
+    try:
+        if path is None:
+            buffer = pa.py_buffer(store.read_bytes(shard.file_name))
+        else:
+            buffer = stack.enter_context(pa.memory_map(str(path), "r")).read_buffer()
+        if verify and hashlib.sha256(buffer).hexdigest() != shard.sha256:
+            raise _damaged(where, "its bytes are not those that were written (sha256 differs)")
+        table = pa.ipc.open_file(buffer)
+        metadata = table.schema.metadata or {}
+        if metadata.get(b"digest") != manifest.digest.encode() or metadata.get(b"index") != str(shard.index).encode():
+            raise _damaged(where, "it is a shard of another boundary, or of another place")
+        rows: Array = table.get_batch(0).column(COLUMN).to_numpy_ndarray()
+    except (pa.ArrowException, OSError, StorageError, KeyError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise _damaged(where, f"it cannot be read ({str(error).splitlines()[0]})") from error
+    if len(rows) != shard.num_samples or rows.dtype != np.dtype(manifest.dtype):
+        raise _damaged(where, f"it has {len(rows)} samples of {rows.dtype}, expected {shard.num_samples} of {manifest.dtype}")
+    return rows.reshape(len(rows), *manifest.shape)
+
+
+def _damaged(where: str, what: str) -> ShardError:
+    return ShardError(f"{where}: {what}; run again: what is damaged is dumped again")
+
+
+def _sidecar_name(index: int) -> str:
+    return f"shard-{index:05d}.json"
+
+
+def _sealed(content: bytes) -> bytes:
+    """JSON with a digest of itself, so that any edited byte is noticed."""
+    value = json.loads(content)
+    return json.dumps({"sha256": _value_sha256(value), "content": value}, indent=2).encode() + b"\n"
+
+
+def _unsealed(content: bytes) -> bytes:
+    sealed = json.loads(content)
+    if not isinstance(sealed, dict) or sealed.get("sha256") != _value_sha256(sealed.get("content")):
+        raise ValueError("its content does not have the digest that it states")
+    return json.dumps(sealed["content"]).encode()
+
+
+def _value_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class _HashingFile:
+    """Hashes and counts what is written through it, so that a shard is not read again for its checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.num_bytes = 0
+        self.closed = False
+
+    def write(self, content: Any) -> int:
+        self._hash.update(content)
+        size = memoryview(content).nbytes
+        self.num_bytes += size
+        self._file.write(content)
+        return size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The file is closed by who opened it."""
+        self.closed = True
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+

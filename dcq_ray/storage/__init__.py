@@ -1,0 +1,17 @@
+"""Where files live: a local folder or any `pyarrow.fs` URI, with atomic commit, run and boundary locks, and uses.
+
+    store         `Store`, the one way to read and write files; every failure is a StorageError that names the file
+    local_files   the same on a local (or network-mounted) folder: temporary name, fsync, rename
+    object_files  the same on a `pyarrow.fs` file system such as S3: one put, no rename
+    locks         one live run a run directory, one writer a boundary; the epoch that tells a new driver from an old one
+    leases        the locks' files, and locks that expire, for storage that has no locks
+    uses          which runs use a boundary
+
+It must not know what the files hold.
+"""
+
+from dcq_ray.storage.locks import current_epoch, hold_boundary, hold_run
+from dcq_ray.storage.store import Store, open_store
+from dcq_ray.storage.uses import add_use, remove_use
+
+__all__ = ["Store", "add_use", "current_epoch", "hold_boundary", "hold_run", "open_store", "remove_use"]

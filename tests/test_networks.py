@@ -1,0 +1,171 @@
+"""The networks: shapes, names of parameters, sizes computed by hand, and the accuracy of published weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dcq_ray.data import load_splits, ordered_batches
+from dcq_ray.networks import NETWORKS, PaddedShortcut, alexnet_bn, lenet, resnet18_cifar, resnet20, svhn
+from dcq_ray.spec import DataSpec, NormalizeSpec
+
+INPUT_SHAPES = {"lenet": (1, 28, 28), "svhn": (3, 40, 40), "alexnet_bn": (3, 224, 224)}
+NUM_PARAMETERS = {
+    "lenet": 20 * 25 + 20 + 50 * 20 * 25 + 50 + 800 * 500 + 500 + 500 * 10 + 10,
+    "simplenet": 6 * 75 + 6 + 16 * 150 + 16 + 400 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10,
+    "svhn": 3648 + 27648 + 36864 + 73728 + 2 * 147456 + 1638400 + 2048 + 5130,
+    "alexnet_bn": 41568 + 307200 + 884736 + 663552 + 442368 + 2560 + 37752832 + 16384 + 16777216 + 4097000,
+    "vgg11_cifar": 9 * 1024192 + 2 * 2752 + 5130,
+    "resnet20": 269722,  # the numbers that their authors publish
+    "resnet32": 464154,
+    "resnet44": 658586,
+    "resnet20_dcq": 269722 + 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64,
+    "resnet18_cifar": 11173962,
+}
+HALF = NormalizeSpec(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+IMAGENET = NormalizeSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+TEACHERS = {
+    "lenet_mnist_dcq": "lenet",
+    "simplenet_cifar10_dcq": "simplenet",
+    "resnet20_cifar10_dcq": "resnet20_dcq",
+    "resnet20_cifar10_jpeg": "resnet20",
+    "resnet20_cifar10_akamaster": "resnet20",
+    "resnet32_cifar10_akamaster": "resnet32",
+    "resnet44_cifar10_akamaster": "resnet44",
+}
+
+
+def _example(name: str) -> torch.Tensor:
+    return torch.randn(2, *INPUT_SHAPES.get(name, (3, 32, 32)), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_has_its_papers_size_and_is_traced_to_the_same_function(name: str) -> None:
+    network = NETWORKS[name]().eval()
+    assert sum(parameter.numel() for parameter in network.parameters()) == NUM_PARAMETERS[name]
+    traced = torch.fx.symbolic_trace(network)
+    with torch.no_grad():
+        output = network(_example(name))
+        assert torch.equal(traced(_example(name)), output)
+    assert output.shape == (2, 1000 if name == "alexnet_bn" else 10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_module_is_called_once_so_that_its_name_is_a_place(name: str) -> None:
+    network = NETWORKS[name](num_classes=3)
+    called = [node.target for node in torch.fx.symbolic_trace(network).graph.nodes if node.op == "call_module"]
+    leaves = [name for name, module in network.named_modules() if not list(module.children())]
+    assert len(called) == len(set(called))
+    assert set(called) == {leaf for leaf in leaves if not isinstance(network.get_submodule(leaf), PaddedShortcut)}
+    functions = [node for node in torch.fx.symbolic_trace(network).graph.nodes if node.op == "call_function"]
+    assert not any("relu" in str(node.target) or "pool" in str(node.target) for node in functions)
+
+
+def test_lenet_takes_other_sizes_and_channels_and_never_falls_below_zero() -> None:
+    output = lenet(in_channels=3, num_classes=7, image_size=16)(torch.randn(4, 3, 16, 16))
+    assert output.shape == (4, 7)
+    assert (output >= 0).all()
+
+
+@pytest.mark.parametrize("image_size", [21, 28, 32, 40, 41])
+def test_svhn_takes_other_sizes(image_size: int) -> None:
+    assert svhn(image_size=image_size).eval()(torch.randn(1, 3, image_size, image_size)).shape == (1, 10)
+
+
+def test_the_last_convolution_of_svhn_is_the_papers_for_40x40_images() -> None:
+    assert svhn().conv6.kernel_size == (5, 5)
+
+
+def test_a_padded_shortcut_takes_every_second_pixel_between_channels_of_zeros() -> None:
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    result = PaddedShortcut(3)(image)
+    assert result.shape == (1, 4, 2, 2)
+    assert result[0, 1].tolist() == [[0.0, 2.0], [8.0, 10.0]]
+    assert result[0, [0, 2, 3]].count_nonzero() == 0
+
+
+def test_resnet18_has_torchvisions_names_and_shapes_but_for_stem_and_head() -> None:
+    from torchvision.models import resnet18
+
+    ours, theirs = resnet18_cifar().state_dict(), resnet18().state_dict()
+    assert set(ours) == set(theirs)
+    assert {key for key in ours if ours[key].shape != theirs[key].shape} == {"conv1.weight", "fc.weight", "fc.bias"}
+
+
+def test_convolutions_start_with_he_initialization() -> None:
+    torch.manual_seed(0)
+    weight = resnet20().get_submodule("layer3.1.conv1").weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (lenet, {"image_size": 15}, "image_size: got 15, expected a whole number of at least 16"),
+        (lenet, {"in_channels": 0}, "in_channels: got 0"),
+        (svhn, {"image_size": 20}, "image_size: got 20, expected a whole number of at least 21"),
+        (resnet20, {"num_classes": "10"}, "num_classes: got '10'"),
+        (resnet20, {"num_classes": True}, "num_classes: got True"),
+        (alexnet_bn, {"num_classes": -1}, "num_classes: got -1"),
+    ],
+)
+def test_wrong_arguments_are_refused(make: type[nn.Module], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("weights", TEACHERS)
+def test_published_weights_load_under_their_own_names(weights: str, data_root: Path) -> None:
+    state = load_file(data_root / "teachers" / f"{weights}.safetensors")
+    NETWORKS[TEACHERS[weights]]().load_state_dict(state, strict=True)
+
+
+def _num_correct(weights: str, data: DataSpec, data_root: Path) -> int:
+    network = NETWORKS[TEACHERS[weights]]().eval()
+    network.load_state_dict(load_file(data_root / "teachers" / f"{weights}.safetensors"))
+    test = load_splits(data, seed=0, job_folder=".").test
+    assert test is not None
+    with torch.inference_mode():
+        return sum(int((network(x).argmax(1) == y).sum()) for x, y in ordered_batches(test, 250))
+
+
+def _cifar10_jpeg(data_root: Path, normalize: NormalizeSpec) -> DataSpec:
+    # The test file serves as the train set too: decoding the other one takes seconds, and it is not used.
+    file, root = "cifar10_jpeg_test.npz", str(data_root / "cifar10-jpeg")
+    return DataSpec(dataset="npz", root=root, train=file, test=file, normalize=normalize, train_samples=10)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("weights", "normalize", "num_correct"),
+    [
+        ("resnet20_cifar10_dcq", HALF, 753),
+        ("simplenet_cifar10_dcq", HALF, 717),
+        ("resnet32_cifar10_akamaster", IMAGENET, 0),
+    ],
+)
+def test_weights_of_others_recognize_the_first_thousand_images(
+    weights: str, normalize: NormalizeSpec, num_correct: int, data_root: Path
+) -> None:
+    data = _cifar10_jpeg(data_root, normalize)
+    assert _num_correct(weights, data, data_root) == num_correct
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_resnet20_has_its_measured_accuracy(data_root: Path) -> None:
+    correct = _num_correct("resnet20_cifar10_jpeg", _cifar10_jpeg(data_root, IMAGENET), data_root)
+    assert correct / 10_000 == pytest.approx(0.8810, abs=0.0005)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_lenet_has_its_measured_accuracy(data_root: Path) -> None:
+    normalize = NormalizeSpec(mean=(0.1307,), std=(0.3081,))
+    data = DataSpec(dataset="mnist", root=str(data_root), normalize=normalize, download=False, train_samples=10)
+    assert _num_correct("lenet_mnist_dcq", data, data_root) / 10_000 == pytest.approx(0.9918, abs=0.0005)

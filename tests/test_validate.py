@@ -1,0 +1,63 @@
+"""Accuracy, agreement and errors against values by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dcq_ray.errors import DataError
+from dcq_ray.validate import agreement, boundary_errors, predict, top_k
+
+CPU = torch.device("cpu")
+LOGITS = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+
+
+def test_top_k_by_hand() -> None:
+    labels = torch.tensor([1, 2, 0, 0])
+    assert top_k(LOGITS, labels, 1) == 0.5
+    assert top_k(LOGITS, labels, 2) == 0.75
+    assert top_k(LOGITS, labels, 5) == 1.0
+
+
+def test_top_k_refuses_another_number_of_labels() -> None:
+    with pytest.raises(DataError, match="4 predictions for 3 labels"):
+        top_k(LOGITS, torch.zeros(3, dtype=torch.int64), 1)
+
+
+def test_agreement_by_hand() -> None:
+    assert agreement(LOGITS, LOGITS) == 1.0
+    assert agreement(LOGITS, LOGITS.flip(1)) == 0.25
+
+
+def test_predict_joins_batches_and_puts_the_mode_back() -> None:
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).train()
+    images = torch.randn(5, 3)
+    assert torch.equal(predict(module, images.split(2), CPU), torch.cat([module[1](part) for part in images.split(2)]))
+    assert module.training
+    with pytest.raises(DataError, match="no images"):
+        predict(module, [], CPU)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(self.factor)
+
+
+def test_boundary_errors_add_up_over_sections_that_work_in_place() -> None:
+    images = torch.tensor([[3.0, 4.0]])
+    errors = boundary_errors([Scale(1), Scale(2)], [Scale(1.1), Scale(2)], [images, images], CPU)
+    assert errors == pytest.approx((0.1, 0.1))
+    assert torch.equal(images, torch.tensor([[3.0, 4.0]]))
+    errors = boundary_errors([Scale(1), Scale(2)], [Scale(1.1), Scale(2.2)], [images], CPU)
+    assert errors == pytest.approx((0.1, 0.21))
+
+
+def test_boundary_errors_of_a_zero_boundary() -> None:
+    images = torch.ones(1, 2)
+    assert boundary_errors([Scale(0)], [Scale(0)], [images], CPU) == (0.0,)
+    assert boundary_errors([Scale(0)], [Scale(1)], [images], CPU) == (float("inf"),)
