@@ -31,7 +31,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def json_sha256(value: Any) -> str:
     """Hex digest of a plain value's canonical JSON; raises ValueError on NaN and infinity, TypeError on other objects."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 # -- plain networks: convolutions, then fully connected layers ---------------------------------------------------------
 
 
-def lenet(in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> nn.Sequential:
+def lenet(in_channels: int = 1, num_classes: int = 10, image_size: int = 28, final_relu: bool = True) -> nn.Sequential:
     """LeNet as the DCQ authors trained it: [B, in_channels, image_size, image_size] -> [B, num_classes].
 
-    A ReLU follows every layer, even the last. Raises ValueError: a count below 1, `image_size` below 16.
+    A ReLU follows every layer, even the last; trained from scratch that one loses classes whose outputs die, so
+    `final_relu=False` leaves it out. Raises ValueError: a count below 1, `image_size` below 16.
     """
     _check_counts(in_channels=in_channels, num_classes=num_classes)
     _check_counts(at_least=16, image_size=image_size)
@@ -34,7 +35,7 @@ def lenet(in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> 
         ("fc1", nn.Linear(50 * final_size**2, 500)),
         ("relu3", nn.ReLU()),
         ("fc2", nn.Linear(500, num_classes)),
-        ("relu4", nn.ReLU()),
+        *([("relu4", nn.ReLU())] if final_relu else []),
     )
 
 

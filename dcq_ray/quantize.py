@@ -38,7 +38,8 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     if bits == 1:
         scale = weight.detach().abs().mean()
         quantized = torch.where(weight.detach() >= 0, scale, -scale)
-        return weight + (quantized - weight).detach()
+        one_bit: Tensor = weight + (quantized - weight).detach()
+        return one_bit
     if not 2 <= bits <= MAX_BITS:
         raise QuantizeError(f"dorefa: got {bits} bits, expected 1 to {MAX_BITS}")
     steps = 2**bits - 1
@@ -47,7 +48,8 @@ def dorefa_weight(weight: Tensor, bits: int) -> Tensor:
     unit = bounded / (2 * largest) + 0.5
     # Division by the step count, not multiplication by its reciprocal, as exports do it: ties round the same way.
     rounded = torch.round(unit.detach() * steps) / steps
-    return 2 * (unit + (rounded - unit).detach()) - 1
+    levels: Tensor = 2 * (unit + (rounded - unit).detach()) - 1
+    return levels
 
 
 def least_squares_scale(weight: Tensor, quantized: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ def bake(module: nn.Module) -> dict[str, Tensor]:
     for name, layer in list(module.named_modules()):
         if not parametrize.is_parametrized(layer, "weight"):
             continue
-        quantizer = layer.parametrizations["weight"][0]  # type: ignore[index, union-attr]
+        quantizer = layer.parametrizations["weight"][0]
         assert isinstance(quantizer, DorefaWeight)
         with torch.no_grad():
             scale = layer.weight.abs().mean() if quantizer.scale is None else quantizer.scale

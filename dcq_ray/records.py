@@ -6,6 +6,7 @@ be derived is a property. Accuracies are fractions in [0, 1], sizes bytes, times
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -20,7 +21,7 @@ R = TypeVar("R")
 
 
 @cache
-def _adapter(kind: type[R]) -> TypeAdapter[R]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -31,7 +32,8 @@ def to_json(record: Any) -> bytes:
 
 def from_json(kind: type[R], content: bytes) -> R:
     """The record of that kind in JSON bytes; raises pydantic's ValidationError (a ValueError) where they do not fit."""
-    return _adapter(kind).validate_json(content)
+    record: R = _adapter(kind).validate_json(content)
+    return record
 
 
 def to_jsonable(record: Any) -> Any:

@@ -252,7 +252,9 @@ class SectionWorker:
         context = self._context
         importable_from(context.job_folder)
         try:
-            needs_labels = context.job.train.last_loss == "cross-entropy" and task.index == len(context.plan.sections) - 1
+            needs_labels = (
+                context.job.train.last_loss == "cross-entropy" and task.index == len(context.plan.sections) - 1
+            )
             return train_section(
                 context,
                 task,
@@ -292,9 +294,7 @@ class Reducer:
         """Start to measure a finished section."""
         self._measurements.append(self._measure.remote(self._context, result))
 
-    def reduce(
-        self, results: Sequence[SectionResult]
-    ) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
+    def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
         untrained = self._scores.remote(self._context)
         finished = self._finish.remote(self._context, results)
@@ -302,7 +302,11 @@ class Reducer:
 
     def num_measured(self) -> int:
         """How many sections are measured so far."""
-        done, _ = ray.wait(self._measurements, num_returns=len(self._measurements), timeout=0) if self._measurements else ([], [])
+        done, _ = (
+            ray.wait(self._measurements, num_returns=len(self._measurements), timeout=0)
+            if self._measurements
+            else ([], [])
+        )
         return len(done)
 
 
@@ -380,7 +384,9 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
     num_tasks = min(share.places, total)
     task = _dump_task.options(num_returns="streaming", **share.options)
     context_ref = ray.put(context)
-    waiting = [task.remote(context_ref, tuple(range(first, total, num_tasks)), tuple(missing)) for first in range(num_tasks)]
+    waiting = [
+        task.remote(context_ref, tuple(range(first, total, num_tasks)), tuple(missing)) for first in range(num_tasks)
+    ]
     while waiting:
         ready, _ = ray.wait(waiting, num_returns=1)
         try:
@@ -389,9 +395,7 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
             waiting.remove(ready[0])
 
 
-def _train_all(
-    session: RunSession, share: Share, reducer: Any
-) -> tuple[list[SectionResult], list[SectionFailure]]:
+def _train_all(session: RunSession, share: Share, reducer: Any) -> tuple[list[SectionResult], list[SectionFailure]]:
     """Train the pending sections, each in its own actor, longest first; a worker that dies is replaced twice."""
     results, failures = dict(session.results), []
     tasks = {task.index: task for task in session.pending}
@@ -473,5 +477,6 @@ def _get(reference: Any) -> Any:
         cause = error.cause
         if isinstance(cause, DcqError):
             raise cause from error
-        raise SectionTrainingError(f"a worker failed: {type(cause).__name__}: {cause}; run with --debug to see where") from error
-
+        raise SectionTrainingError(
+            f"a worker failed: {type(cause).__name__}: {cause}; run with --debug to see where"
+        ) from error

@@ -126,7 +126,7 @@ def train_module(
                     group["lr"] = settings.lr * rate_factor(settings.schedule, step, total)
                 value = loss(module(inputs.to(device)), targets.to(device))
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+                value.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 step += 1
                 num_sample_passes += len(inputs)
@@ -135,7 +135,9 @@ def train_module(
                     on_step(step, recorder.latest)
                 waiting = time.monotonic()
             if step != (epoch + 1) * steps_per_epoch:
-                raise ValueError(f"{what}: epoch {epoch} ended after {step} steps, expected {(epoch + 1) * steps_per_epoch}")
+                raise ValueError(
+                    f"{what}: epoch {epoch} ended after {step} steps, expected {(epoch + 1) * steps_per_epoch}"
+                )
             module.eval()
             if after_epoch is not None:
                 after_epoch(epoch)

@@ -34,9 +34,7 @@ def samples_per_shard(batch_size: int) -> int:
     return batch_size * max(1, MAX_SAMPLES_PER_SHARD // batch_size)
 
 
-def write_shard(
-    store: Store, *, index: int, array: Array, dtype: str, compression: str, digest: str
-) -> ShardInfo:
+def write_shard(store: Store, *, index: int, array: Array, dtype: str, compression: str, digest: str) -> ShardInfo:
     """Write one shard of a boundary, and its sidecar; the file is there whole or not at all.
 
     Args:
@@ -135,8 +133,10 @@ class BoundaryReader:
 
     def read(self, positions: NDArray[np.int64]) -> Array:
         """The rows [B, ...] at positions [B], in the stored dtype; raises IndexError outside 0 … num_samples - 1."""
-        if len(positions) and not (0 <= positions.min() and positions.max() < self.num_samples):
-            raise IndexError(f"positions {positions.min()} … {positions.max()} are not all within {self.num_samples} samples")
+        if len(positions) and not (positions.min() >= 0 and positions.max() < self.num_samples):
+            raise IndexError(
+                f"positions {positions.min()} … {positions.max()} are not all within {self.num_samples} samples"
+            )
         rows = np.empty((len(positions), *self.shape), self.dtype)
         owners = np.searchsorted(self._ends, positions, side="right")
         for owner in np.unique(owners):
@@ -175,9 +175,7 @@ def sample_order(num_samples: int, *, window: int, seed: int, section: int, epoc
     its window, training may start while the dump goes on.
     """
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, section, epoch])))
-    parts = [
-        start + generator.permutation(min(window, num_samples - start)) for start in range(0, num_samples, window)
-    ]
+    parts = [start + generator.permutation(min(window, num_samples - start)) for start in range(0, num_samples, window)]
     return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
 
@@ -223,7 +221,9 @@ def _open_shard(
             raise
         raise _damaged(where, f"it cannot be read ({str(error).splitlines()[0]})") from error
     if len(rows) != shard.num_samples or rows.dtype != np.dtype(manifest.dtype):
-        raise _damaged(where, f"it has {len(rows)} samples of {rows.dtype}, expected {shard.num_samples} of {manifest.dtype}")
+        raise _damaged(
+            where, f"it has {len(rows)} samples of {rows.dtype}, expected {shard.num_samples} of {manifest.dtype}"
+        )
     return rows.reshape(len(rows), *manifest.shape)
 
 
@@ -277,4 +277,3 @@ class _HashingFile:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-

@@ -32,7 +32,9 @@ def stitch(
     for index, section in enumerate(section_states):
         for name, tensor in section.items():
             if name not in state:
-                raise QuantizeError(f"section {index}: its tensor {name} is not in the student; it belongs to another teacher")
+                raise QuantizeError(
+                    f"section {index}: its tensor {name} is not in the student; it belongs to another teacher"
+                )
             if state[name].shape != tensor.shape:
                 raise QuantizeError(
                     f"section {index}: {name} has shape {tuple(tensor.shape)}, the student expects {tuple(state[name].shape)}"

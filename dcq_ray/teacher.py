@@ -54,7 +54,9 @@ def build_network(spec: TeacherSpec, *, job_folder: str) -> nn.Module:
             f"is {_signature(function)}: put its arguments under teacher.args"
         ) from error
     if not isinstance(module, nn.Module):
-        raise TeacherError(f"teacher.model: {spec.model} returned a {type(module).__name__}, expected a torch.nn.Module")
+        raise TeacherError(
+            f"teacher.model: {spec.model} returned a {type(module).__name__}, expected a torch.nn.Module"
+        )
     return module
 
 
@@ -91,7 +93,9 @@ def frozen_teacher(module: nn.Module, model: str) -> Teacher:
     state = frozen.state_dict()
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise TeacherError(f"teacher.model: {model}: its {name} holds values that are not finite; check the weights file")
+            raise TeacherError(
+                f"teacher.model: {model}: its {name} holds values that are not finite; check the weights file"
+            )
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
     return Teacher(module=frozen, model=model, sha256=tensors_sha256(state), num_bytes=num_bytes)
 
@@ -105,7 +109,9 @@ def read_state(source: str) -> dict[str, Tensor]:
     try:
         content = open_store((folder or "/") if separator else ".").read_bytes(name)
     except StorageError as error:
-        raise TeacherError(f"teacher.weights: {error}; name a .safetensors or torch file, or a torchvision weights enum") from error
+        raise TeacherError(
+            f"teacher.weights: {error}; name a .safetensors or torch file, or a torchvision weights enum"
+        ) from error
     if source.endswith(".safetensors"):
         return _without_prefix(state_from_bytes(content, source=source))
     try:
@@ -151,7 +157,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -
 def state_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A state as a safetensors file; tensors that share memory are written once each."""
     # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-    return safetensors.torch.save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, dict(metadata))
+    return safetensors.torch.save(
+        {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, dict(metadata)
+    )
 
 
 def state_from_bytes(content: bytes, *, source: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -35,11 +36,6 @@ def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
     return float((logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean())
 
 
-def relative_error(output: Tensor, target: Tensor) -> float:
-    """L2 norm of the difference over that of the target; 0 where both are zero, infinite where only the target is."""
-    return _ratio(*_squares(output, target))
-
-
 def boundary_errors(
     teacher_sections: Sequence[nn.Module],
     student_sections: Sequence[nn.Module],
@@ -69,4 +65,4 @@ def _squares(output: Tensor, target: Tensor) -> tuple[float, float]:
 def _ratio(error: float, norm: float) -> float:
     if norm == 0.0:
         return 0.0 if error == 0.0 else float("inf")
-    return (error / norm) ** 0.5
+    return math.sqrt(error / norm)

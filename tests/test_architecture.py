@@ -47,7 +47,11 @@ def test_readme_names_every_module() -> None:
 
 
 def test_every_test_module_mirrors_a_module() -> None:
-    names = {name.removeprefix("dcq_ray.").replace(".", "_") for name in MODULES} | {"architecture", "packaging", "jobs"}
+    names = {name.removeprefix("dcq_ray.").replace(".", "_") for name in MODULES} | {
+        "architecture",
+        "packaging",
+        "jobs",
+    }
     strays = {
         path.stem
         for path in (ROOT / "tests").glob("test_*.py")

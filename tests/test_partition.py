@@ -76,7 +76,9 @@ def test_sections_are_copies_and_the_teacher_stays_as_it_is(tiny_teacher: nn.Mod
 
 
 def test_a_cut_inside_the_residual_says_why_and_what_is_near(traced: TracedTeacher) -> None:
-    with pytest.raises(PartitionError, match=r"block\.bn1 is no legal cut, because 2 values are live there: .* near it: .*relu"):
+    with pytest.raises(
+        PartitionError, match=r"block\.bn1 is no legal cut, because 2 values are live there: .* near it: .*relu"
+    ):
         cut(traced, ["block.bn1"])
 
 
@@ -96,7 +98,9 @@ def test_enclosing_modules_name_the_cut_at_their_end() -> None:
 
 
 @pytest.mark.parametrize("spec", [{"count": 1}, {"count": 2}, {"count": 5}, {"every": "layer"}])
-def test_choices_give_a_layer_to_every_section(tiny_teacher: nn.Module, traced: TracedTeacher, images: Tensor, spec: dict[str, object]) -> None:
+def test_choices_give_a_layer_to_every_section(
+    tiny_teacher: nn.Module, traced: TracedTeacher, images: Tensor, spec: dict[str, object]
+) -> None:
     costs = measure_costs(traced, images, repeats=1)
     cuts = choose_cuts(traced, SectionsSpec.model_validate(spec), costs)
     sections = cut(traced, cuts)
@@ -105,7 +109,9 @@ def test_choices_give_a_layer_to_every_section(tiny_teacher: nn.Module, traced: 
     assert_composition(tiny_teacher, sections, images)
     assert len(section_costs(traced, costs, cuts)) == len(sections)
     assert sum(section_multiply_accumulates(traced, cuts)) == traced.total_multiply_accumulates
-    assert sum(describe_section(section)[1] for section in sections) == sum(p.numel() for p in tiny_teacher.parameters())
+    assert sum(describe_section(section)[1] for section in sections) == sum(
+        p.numel() for p in tiny_teacher.parameters()
+    )
 
 
 def test_too_many_sections_name_the_greatest_number(traced: TracedTeacher, images: Tensor) -> None:
@@ -151,7 +157,9 @@ def test_multiply_accumulates_by_hand() -> None:
     assert section_multiply_accumulates(traced, ["1"]) == (4 * 36 * 9, 144 * 5)
 
 
-def test_a_boundarys_digest_does_not_depend_on_other_cuts_but_on_what_comes_before(tiny_teacher: nn.Module, images: Tensor) -> None:
+def test_a_boundarys_digest_does_not_depend_on_other_cuts_but_on_what_comes_before(
+    tiny_teacher: nn.Module, images: Tensor
+) -> None:
     traced = trace_teacher(tiny_teacher, images)
     alone = prefix_digests(traced, ["bn2"])
     assert prefix_digests(traced, ["relu", "relu_2", "bn2"])[3] == alone[1]
@@ -231,7 +239,9 @@ def test_what_cannot_be_cut_says_why(module: nn.Module, reason: str, images: Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "vit_b_16", "googlenet", "efficientnet_b0", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "densenet121", "vit_b_16", "googlenet", "efficientnet_b0", "shufflenet_v2_x0_5"]
+)
 def test_torchvision_networks_compose(name: str) -> None:
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}

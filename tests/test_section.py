@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from dcq_ray.errors import SectionTrainingError
-from dcq_ray.section import TrainingResult, cross_entropy, distillation, loss_function, mse, nmse, rate_factor, train_module
+from dcq_ray.section import (
+    TrainingResult,
+    cross_entropy,
+    distillation,
+    loss_function,
+    mse,
+    nmse,
+    rate_factor,
+    train_module,
+)
 from dcq_ray.spec import OptimizerSpec
 
 CPU = torch.device("cpu")
@@ -57,9 +66,7 @@ def train(module: nn.Module, inputs: Tensor, targets: Tensor, **settings: object
         return zip(inputs.split(16), targets.split(16), strict=True)
 
     spec = OptimizerSpec.model_validate({"epochs": 20, "lr": 0.02, **settings})
-    return train_module(
-        module, batches, settings=spec, steps_per_epoch=4, loss=nmse, device=CPU, what="section 3"
-    )
+    return train_module(module, batches, settings=spec, steps_per_epoch=4, loss=nmse, device=CPU, what="section 3")
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])

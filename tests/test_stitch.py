@@ -19,7 +19,9 @@ CPU = torch.device("cpu")
 def planned(teacher: nn.Module, bits: int) -> tuple[tuple[nn.Module, ...], tuple[LayerPlan, ...]]:
     sections = cut(trace_teacher(teacher, torch.zeros(2, 1, 16, 16)), ["relu", "relu_2"])
     layers = [pair for section in sections for pair in quantizable_layers(section)]
-    spec = QuantizeSpec.model_validate({"weights": {"bits": min(bits, 8)}, "first_last_bits": None if bits < 32 else 32})
+    spec = QuantizeSpec.model_validate(
+        {"weights": {"bits": min(bits, 8)}, "first_last_bits": None if bits < 32 else 32}
+    )
     plans = plan_layers(layers, spec)
     if bits == 32:
         names = {plan.module: {"bits": 32} for plan in plans}

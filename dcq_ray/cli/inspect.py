@@ -29,7 +29,9 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
     for run in runs:
         one = read_report(open_store(run))
         if one is None:
-            raise StorageError(f"{run}: no report.json that can be read there; is it a run directory, and did the run start?")
+            raise StorageError(
+                f"{run}: no report.json that can be read there; is it a run directory, and did the run start?"
+            )
         found.append(one)
     if html is not None:
         if len(found) > 1:
@@ -67,7 +69,9 @@ def status(run: str, watch: bool) -> None:
         try:
             return from_json(StatusReport, content)
         except ValueError:
-            raise StorageError(f"{run}/status.json cannot be read; it is rewritten as the run goes on: try again") from None
+            raise StorageError(
+                f"{run}/status.json cannot be read; it is rewritten as the run goes on: try again"
+            ) from None
 
     console = Console()
     found = read()
@@ -100,9 +104,7 @@ def ls(root: str) -> None:
             continue
         scores = (found.teacher.top1, None if found.student is None else found.student.top1)
         told = ["-" if top1 is None else f"{100 * top1:.2f} %" for top1 in scores]
-        table.add_row(
-            name, found.name, found.status, *told, f"{found.timings.total_seconds:.0f}", found.started_at
-        )
+        table.add_row(name, found.name, found.status, *told, f"{found.timings.total_seconds:.0f}", found.started_at)
     if not table.row_count:
         click.echo(f"no runs below {store.uri}", err=True)
         return
@@ -137,7 +139,8 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     splits = load_splits(job.data, seed=job.seed, job_folder=str(Path.cwd()))
     rows = {"held_out": splits.held_out, "test": splits.test}
     scores = {
-        key: None if part is None else part_top1(module, part, job.data.batch_size, device) for key, part in rows.items()
+        key: None if part is None else part_top1(module, part, job.data.batch_size, device)
+        for key, part in rows.items()
     }
     if as_json:
         click.echo(json.dumps({f"{key}_top1": value for key, value in scores.items()}))

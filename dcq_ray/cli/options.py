@@ -21,7 +21,11 @@ set_option = click.option(
 )
 run_dir_option = click.option("--run-dir", metavar="DIR_OR_URI", help="Instead of the job's storage.run_dir.")
 log_format_option = click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Form of progress lines."
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Form of progress lines.",
 )
 
 

@@ -39,7 +39,9 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
     console.print(sections)
     boundaries = Table(title="boundaries", title_justify="left")
     for name in ("boundary", "after", "shape", "bytes on disk"):
-        boundaries.add_column(name, justify="right" if name in ("boundary", "bytes on disk") else "left", overflow="fold")
+        boundaries.add_column(
+            name, justify="right" if name in ("boundary", "bytes on disk") else "left", overflow="fold"
+        )
     for boundary in plan.boundaries:
         shape = "x".join(str(extent) for extent in boundary.shape)
         boundaries.add_row(str(boundary.index), boundary.cut, shape, size(boundary.num_bytes))
@@ -51,7 +53,9 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
     for name in ("layer", "kind", "weights", "bits"):
         layers.add_column(name, justify="right" if name in ("weights", "bits") else "left", overflow="fold")
     for layer in plan.layers:
-        layers.add_row(layer.module, layer.kind, f"{layer.num_weights:,}", "fp32" if layer.bits == 32 else str(layer.bits))
+        layers.add_row(
+            layer.module, layer.kind, f"{layer.num_weights:,}", "fp32" if layer.bits == 32 else str(layer.bits)
+        )
     console.print(layers)
     console.print(
         f"on {prediction.num_workers} workers: dump {prediction.dump_seconds:.1f} s, training "

@@ -15,7 +15,9 @@ from dcq_ray.cli.options import debug_option, job_argument, log_format_option, r
 @job_argument
 @set_option
 @run_dir_option
-@click.option("--workers", type=click.IntRange(min=1), help="Predict for so many workers; default: this machine's cores.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Predict for so many workers; default: this machine's cores."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @debug_option
 def plan(job_path: str, overrides: tuple[str, ...], run_dir: str | None, workers: int | None, as_json: bool) -> None:

@@ -37,7 +37,9 @@ _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
     help="auto: the running Ray if there is one, else start one here; local: always start one; none: without Ray.",
 )
 @click.option("--fresh", is_flag=True, help="Start over, instead of resuming what the run directory holds.")
-@click.option("--max-drop", type=float, metavar="PTS", help="Exit 3 when the student loses more percentage points than this.")
+@click.option(
+    "--max-drop", type=float, metavar="PTS", help="Exit 3 when the student loses more percentage points than this."
+)
 @click.option("--baseline", "with_rival", is_flag=True, help="Also train end-to-end DoReFa at equal sample passes.")
 @click.option("--publish", metavar="DIR_OR_URI", help="Copy the student and its report there, if the gate is passed.")
 @log_format_option
@@ -103,9 +105,7 @@ def baseline(
     click.echo(f"the run itself is not finished: `dcq-ray run {job_path}` puts this row beside its own", err=True)
 
 
-def _run_phases(
-    job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any
-) -> RunReport:
+def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
     owner = f"dcq-ray run of job {job.name}"
     if address == "none":
         from dcq_ray.phases import run_local

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dcq_ray.errors import PartitionError
-from dcq_ray.partition.costs import CutCosts, candidate_cuts
+from dcq_ray.partition.costs import CutCosts
 from dcq_ray.partition.sections import ordered_cuts
 from dcq_ray.partition.trace import TracedTeacher, _stack
 from dcq_ray.spec import SectionsSpec

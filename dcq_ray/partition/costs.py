@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,10 +69,10 @@ def section_costs(traced: TracedTeacher, costs: CutCosts, cuts: Sequence[str]) -
     edges = [0, *(points[name].multiply_accumulates_before for name in costs.candidates), total]
     bounds = [0, *(point.multiply_accumulates_before for point in ordered_cuts(traced, cuts)), total]
     result = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         shares = [
             max(0, min(high, right) - max(low, left)) / (right - left) if right > left else 0.0
-            for left, right in zip(edges, edges[1:], strict=False)
+            for left, right in itertools.pairwise(edges)
         ]
         forward = sum(share * seconds for share, seconds in zip(shares, costs.forward_seconds, strict=True))
         step = sum(share * seconds for share, seconds in zip(shares, costs.step_seconds, strict=True))

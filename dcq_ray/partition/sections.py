@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -39,9 +40,11 @@ def find_cut(traced: TracedTeacher, name: str) -> CutPoint:
 def ordered_cuts(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[CutPoint, ...]:
     """The cuts of those names in the order of the network; raises PartitionError where two are the same place."""
     points = sorted((find_cut(traced, name) for name in cuts), key=lambda point: point.node_index)
-    for one, other in zip(points, points[1:], strict=False):
+    for one, other in itertools.pairwise(points):
         if one == other:
-            raise PartitionError(f"sections.cuts: {one.name} is named twice ({', '.join(one.aliases)} are the same place)")
+            raise PartitionError(
+                f"sections.cuts: {one.name} is named twice ({', '.join(one.aliases)} are the same place)"
+            )
     return tuple(points)
 
 
@@ -54,7 +57,8 @@ def cut(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[GraphModule, ...]:
     ends = [point.node_index for point in ordered_cuts(traced, cuts)]
     starts = [next(index for index, node in enumerate(nodes) if node.op == "placeholder"), *ends]
     return tuple(
-        _section(traced.graph_module, nodes, start, end) for start, end in zip(starts, [*ends, len(nodes) - 1], strict=True)
+        _section(traced.graph_module, nodes, start, end)
+        for start, end in zip(starts, [*ends, len(nodes) - 1], strict=True)
     )
 
 
@@ -96,7 +100,7 @@ def section_multiply_accumulates(traced: TracedTeacher, cuts: Sequence[str]) -> 
     """Multiply-accumulates per sample in the Conv and Linear layers of each section."""
     before = [point.multiply_accumulates_before for point in ordered_cuts(traced, cuts)]
     edges = [0, *before, traced.total_multiply_accumulates]
-    return tuple(high - low for low, high in zip(edges, edges[1:], strict=False))
+    return tuple(high - low for low, high in itertools.pairwise(edges))
 
 
 def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...]:
@@ -111,9 +115,7 @@ def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...
     return tuple(found.items())
 
 
-def _section(
-    root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, copied: bool = True
-) -> GraphModule:
+def _section(root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, copied: bool = True) -> GraphModule:
     """The nodes after `start`, whose value is the section's input, up to and with `end`, whose value is its output."""
     graph = Graph()
     values = {nodes[start]: graph.placeholder("x")}

@@ -199,9 +199,7 @@ def _why_illegal(
     nodes: list[Node], index: int, values: dict[Node, Any], spans: list[tuple[str, int, int]], batch_size: int
 ) -> str | None:
     later = set(nodes[index + 1 :])
-    live = [
-        node for node in nodes[: index + 1] if node.op != "get_attr" and any(user in later for user in node.users)
-    ]
+    live = [node for node in nodes[: index + 1] if node.op != "get_attr" and any(user in later for user in node.users)]
     if live != [nodes[index]]:
         if not live:
             return "nothing that comes later uses it"
@@ -228,7 +226,9 @@ def _names(nodes: list[Node], index: int) -> tuple[str, ...]:
     if node.op == "call_module" and str(node.target) not in ending:
         ending.append(str(node.target))
     # A module that is called again ends at its last call only; the earlier calls go by their node's name.
-    recurring = {path for later in nodes[index + 1 :] for path in (*_stack(later), str(later.target)) if later.op != "output"}
+    recurring = {
+        path for later in nodes[index + 1 :] for path in (*_stack(later), str(later.target)) if later.op != "output"
+    }
     names = [path for path in ending if path not in recurring]
     return (*names, node.name) if node.name not in names else tuple(names)
 
@@ -249,8 +249,15 @@ def _multiply_accumulates(node: Node, graph_module: GraphModule, values: dict[No
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, LAYER_TYPES):
             weight, transposed = module.weight, isinstance(module, nn.modules.conv._ConvTransposeNd)
-    elif node.op == "call_function" and getattr(node.target, "__name__", "") in ("conv1d", "conv2d", "conv3d", "linear"):
-        candidates = [argument for argument in (*node.args[1:2], node.kwargs.get("weight")) if isinstance(argument, Node)]
+    elif node.op == "call_function" and getattr(node.target, "__name__", "") in (
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "linear",
+    ):
+        candidates = [
+            argument for argument in (*node.args[1:2], node.kwargs.get("weight")) if isinstance(argument, Node)
+        ]
         weight = values.get(candidates[0]) if candidates else None
     if not isinstance(weight, Tensor):
         return 0

@@ -69,13 +69,16 @@ def hold_boundaries(
         for boundary in held:
             stack.enter_context(hold_boundary(boundary_store(context, boundary), on_wait=on_wait))
         done = {boundary.digest for boundary in held if valid_manifest(context, boundary) is not None}
-        yield tuple(boundary for boundary in context.plan.boundaries if boundary in held and boundary.digest not in done)
+        yield tuple(
+            boundary for boundary in context.plan.boundaries if boundary in held and boundary.digest not in done
+        )
 
 
 def check_space(context: RunContext, missing: Sequence[Boundary]) -> None:
     """Refuse a dump that the disk, or the job's own limit, cannot hold; raises StorageError with both numbers."""
     needed = sum(
-        boundary.num_bytes - sum(shard.num_bytes for shard in finished_shards(boundary_store(context, boundary)).values())
+        boundary.num_bytes
+        - sum(shard.num_bytes for shard in finished_shards(boundary_store(context, boundary)).values())
         for boundary in missing
     )
     free = open_store(context.cache_dir).free_bytes()
@@ -165,9 +168,7 @@ def dump_slices(
                         activations[number].append(value.to("cpu", torch.float32, copy=True).numpy())
             for boundary in wanted:
                 _write(context, boundary, index, np.concatenate(activations[boundary.index]))
-        yield DumpedSlice(
-            index=index, num_samples=len(positions), cpu_seconds=time.process_time() - start_cpu_seconds
-        )
+        yield DumpedSlice(index=index, num_samples=len(positions), cpu_seconds=time.process_time() - start_cpu_seconds)
 
 
 def commit_boundary(context: RunContext, boundary: Boundary) -> ShardManifest:

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dcq_ray.data import Splits, augmented_batches, ordered_batches
 from dcq_ray.digests import json_sha256, library_versions
 from dcq_ray.errors import StorageError, TeacherError
+from dcq_ray.partition import prefix_digests, trace_teacher
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, save_teacher, teacher_store
 from dcq_ray.records import Progress, from_json, to_json
 from dcq_ray.section import cross_entropy, train_module
@@ -42,7 +44,9 @@ def fit_teacher(
     fit = job.teacher.fit
     assert fit is not None
     if splits.train.labels is None or splits.held_out.labels is None:
-        raise TeacherError("teacher.fit needs labels, but the train images have none; give labels, or fit: null with weights")
+        raise TeacherError(
+            "teacher.fit needs labels, but the train images have none; give labels, or fit: null with weights"
+        )
     found = fitted_teacher(job, teacher, splits, cache, device=device)
     if found is not None:
         emit(Progress(phase="teacher", state="reused", detail="fitted by an earlier run"))
@@ -71,7 +75,9 @@ def fit_teacher(
 
     def after_epoch(epoch: int) -> None:
         nonlocal best
-        logits = predict(module, (images for images, _ in ordered_batches(splits.held_out, job.data.batch_size)), device)
+        logits = predict(
+            module, (images for images, _ in ordered_batches(splits.held_out, job.data.batch_size)), device
+        )
         top1 = top_k(logits, held_out_labels, 1)
         # The later of equals: it has seen more.
         if best is None or top1 >= best[0]:
@@ -97,7 +103,11 @@ def fit_teacher(
         teacher_sha256=fitted.sha256, best_epoch=epoch, held_out_top1=top1, seconds=time.monotonic() - started
     )
     cache.child("fits").write_bytes(f"{fit_key(job, teacher, splits, device)}.json", to_json(result))
-    emit(Progress(phase="teacher", state="done", done=total, total=total, unit="steps", detail=f"held-out {100 * top1:.1f} %"))
+    emit(
+        Progress(
+            phase="teacher", state="done", done=total, total=total, unit="steps", detail=f"held-out {100 * top1:.1f} %"
+        )
+    )
     return fitted
 
 
@@ -106,8 +116,8 @@ def fit_key(job: Job, teacher: Teacher, splits: Splits, device: torch.device) ->
     assert job.teacher.fit is not None
     return json_sha256(
         {
-            "teacher": teacher.sha256,
-            "model": job.teacher.model,
+            # The traced code too: another network may start from the very same tensors.
+            "network": prefix_digests(trace_teacher(teacher.module, splits.train.images(np.arange(2))), ())[-1],
             "fit": job.teacher.fit.model_dump(mode="json"),
             "train": splits.train.sha256,
             "held_out": splits.held_out.sha256,
@@ -119,9 +129,7 @@ def fit_key(job: Job, teacher: Teacher, splits: Splits, device: torch.device) ->
     )
 
 
-def fitted_teacher(
-    job: Job, teacher: Teacher, splits: Splits, cache: Store, *, device: torch.device
-) -> Teacher | None:
+def fitted_teacher(job: Job, teacher: Teacher, splits: Splits, cache: Store, *, device: torch.device) -> Teacher | None:
     """The teacher that an earlier run fitted, or None where there is none or it is damaged."""
     content = cache.child("fits").read_bytes_or_none(f"{fit_key(job, teacher, splits, device)}.json")
     if content is None:

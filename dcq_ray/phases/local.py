@@ -48,8 +48,7 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
         if failures:
             raise report_failure(session, ordered, failures)
         measurements = [
-            measured_section(context, result) or measure_section(context, result, network, splits)
-            for result in ordered
+            measured_section(context, result) or measure_section(context, result, network, splits) for result in ordered
         ]
         scores = measure_untrained(context, network, splits)
         finished = finish(context, ordered, network, splits, emit=session.emit)

@@ -56,7 +56,9 @@ class Prepared:
     teacher_cpu_seconds: float
 
 
-def prepare(job: Job, job_folder: str, *, device: torch.device, emit: Emit, earlier: PartitionPlan | None = None) -> Prepared:
+def prepare(
+    job: Job, job_folder: str, *, device: torch.device, emit: Emit, earlier: PartitionPlan | None = None
+) -> Prepared:
     """Load the images, load or fit the teacher, refuse a bad one, and cut it; writes to the cache only.
 
     Args:
@@ -128,12 +130,13 @@ def plan_job(
             f"teacher.model: {job.teacher.model} has {traced.output_shape[0]} outputs, but the data have labels up to "
             f"{splits.num_classes - 1}; set its number of classes under teacher.args"
         )
-    key = plan_key(job, teacher, splits, device)
+    network_sha256 = prefix_digests(traced, ())[-1]
+    key = plan_key(job, network_sha256, splits, device)
     if earlier is not None and earlier.key == key:
         cuts: Sequence[str] = earlier.cuts
     else:
         earlier = None
-        costs = cutting_costs(job, teacher, traced, example, device=device, cache=cache, save=save_costs)
+        costs = cutting_costs(job, network_sha256, traced, example, device=device, cache=cache, save=save_costs)
         cuts = choose_cuts(traced, job.sections, costs)
     sections = cut(traced, cuts)
     assert_composition(teacher.module, sections, example)
@@ -183,18 +186,18 @@ def plan_job(
         input_shape=tuple(example.shape[1:]),
         boundaries=boundaries,
         sections=tuple(
-            _section_plan(index, section, layers, *seconds[index], macs[index]) for index, section in enumerate(sections)
+            _section_plan(index, section, layers, *seconds[index], macs[index])
+            for index, section in enumerate(sections)
         ),
         unquantized_parameters=_unquantized(teacher, layers),
     )
 
 
-def plan_key(job: Job, teacher: Teacher, splits: Splits, device: torch.device) -> str:
+def plan_key(job: Job, network_sha256: str, splits: Splits, device: torch.device) -> str:
     """Digest of all that a plan is made from, measured costs aside."""
     return json_sha256(
         {
-            "teacher": teacher.sha256,
-            "model": job.teacher.model,
+            "network": network_sha256,
             "samples": splits.train.sha256,
             "sections": job.sections.model_dump(mode="json"),
             "quantize": job.quantize.model_dump(mode="json"),
@@ -209,7 +212,7 @@ def plan_key(job: Job, teacher: Teacher, splits: Splits, device: torch.device) -
 
 def cutting_costs(
     job: Job,
-    teacher: Teacher,
+    network_sha256: str,
     traced: TracedTeacher,
     example: torch.Tensor,
     *,
@@ -220,7 +223,7 @@ def cutting_costs(
     """The cached costs of the pieces between candidate cuts, measured where there are none."""
     key = json_sha256(
         {
-            "teacher": teacher.sha256,
+            "network": network_sha256,
             "shape": list(example.shape[1:]),
             "num_threads": job.train.num_threads,
             "device": device.type,
@@ -283,7 +286,9 @@ def check_teacher(job: Job, splits: Splits, top1: float | None) -> None:
 def prepared_progress(prepared: Prepared) -> Progress:
     """The line that says what was prepared."""
     plan = prepared.plan
-    top1 = "" if prepared.held_out_top1 is None else f", teacher {100 * prepared.held_out_top1:.1f} % on held-out images"
+    top1 = (
+        "" if prepared.held_out_top1 is None else f", teacher {100 * prepared.held_out_top1:.1f} % on held-out images"
+    )
     return Progress(phase="plan", state="done", detail=f"{len(plan.sections)} sections{top1}")
 
 
@@ -309,7 +314,4 @@ def _section_plan(
 
 def _unquantized(teacher: Teacher, layers: dict[str, LayerPlan]) -> tuple[str, ...]:
     reached = {f"{name}.weight" for name in layers}
-    return tuple(
-        name for name, value in teacher.module.named_parameters() if value.ndim >= 2 and name not in reached
-    )
-
+    return tuple(name for name, value in teacher.module.named_parameters() if value.ndim >= 2 and name not in reached)

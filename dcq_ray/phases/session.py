@@ -195,7 +195,16 @@ def open_run(
 
 def clear_run(store: Store) -> None:
     """Remove what earlier runs left in a run directory, and nothing else."""
-    for name in (REPORT_FILE, "report.html", PLAN_FILE, JOB_FILE, DUMP_FILE, STUDENT_FILE, "status.json", "test-scores.json"):
+    for name in (
+        REPORT_FILE,
+        "report.html",
+        PLAN_FILE,
+        JOB_FILE,
+        DUMP_FILE,
+        STUDENT_FILE,
+        "status.json",
+        "test-scores.json",
+    ):
         if store.exists(name):
             store.delete(name)
     store.child("sections").delete_tree()
@@ -238,7 +247,9 @@ def report_success(
         bits=sum(layer.num_weights * layer.bits for layer in quantized) / num_weights if num_weights else 32.0,
     )
     cost = session.dump_cost()
-    bound = makespan_lower_bound([result.cpu_seconds for result in results], num_workers) + cost.cpu_seconds / num_workers
+    bound = (
+        makespan_lower_bound([result.cpu_seconds for result in results], num_workers) + cost.cpu_seconds / num_workers
+    )
     baseline = kept_baseline(session)
     timings = Timings(
         dump_seconds=cost.seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
@@ -53,8 +54,6 @@ class StatusFile:
             lines=tuple(self._lines.values()),
             message=message,
         )
-        try:
+        # Nobody's night is worth a status line: what really needs the disk will say that it is full.
+        with contextlib.suppress(StorageError):
             self._store.write_bytes(STATUS_FILE, to_json(report))
-        except StorageError:
-            # Nobody's night is worth a status line: what really needs the disk will say that it is full.
-            pass

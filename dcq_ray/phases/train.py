@@ -27,8 +27,8 @@ from dcq_ray.phases.dump import boundary_store
 from dcq_ray.quantize import put_quantizers
 from dcq_ray.records import Boundary, Progress, RunContext, SectionResult, SectionTask, from_json, to_json
 from dcq_ray.section import loss_function, train_module
-from dcq_ray.spec import Job
 from dcq_ray.shards import BoundaryReader, load_manifest, open_boundary, sample_order, samples_per_shard
+from dcq_ray.spec import Job
 from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import state_bytes, state_from_bytes
 
@@ -100,7 +100,9 @@ def section_weights(context: RunContext, result: SectionResult) -> dict[str, Ten
     except StorageError:
         raise
     except Exception as error:
-        raise StorageError(f"{source}: not a safetensors file ({error}); run again to train section {result.index}") from error
+        raise StorageError(
+            f"{source}: not a safetensors file ({error}); run again to train section {result.index}"
+        ) from error
     if tensors_sha256(state) != result.weights_sha256:
         raise StorageError(
             f"{source}: the tensors are not those of {RESULT_FILE} (sha256 differs); run again to train section {result.index}"
@@ -259,7 +261,9 @@ def _resident(reader: BoundaryReader, device: torch.device) -> _Source:
 
 def _labels(splits: Splits | None, device: torch.device) -> _Source:
     if splits is None or splits.train.labels is None:
-        raise DataError("train.last_loss: cross-entropy needs labels of the train images; use distillation, or give labels")
+        raise DataError(
+            "train.last_loss: cross-entropy needs labels of the train images; use distillation, or give labels"
+        )
     labels = torch.from_numpy(splits.train.labels).to(device)
 
     def read(positions: np.ndarray) -> Tensor:
@@ -292,4 +296,3 @@ def _reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callable[[
         )
 
     return on_step
-

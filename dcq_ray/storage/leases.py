@@ -153,4 +153,6 @@ def _renew(store: Store, name: str, mine: Lease, stop: threading.Event) -> None:
                 return
             store.write_bytes(name, to_json(replace(mine, expires_at=time.time() + EXPIRY_SECONDS)))
         except StorageError as error:
-            _logger.warning("%s: the lease could not be renewed, tried again in %g s: %s", where, RENEWAL_SECONDS, error)
+            _logger.warning(
+                "%s: the lease could not be renewed, tried again in %g s: %s", where, RENEWAL_SECONDS, error
+            )

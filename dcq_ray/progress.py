@@ -1,0 +1,197 @@
+"""Show progress: live lines on a terminal, timestamped lines or JSON lines elsewhere; and a run's status as a table."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Literal, TextIO
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dcq_ray.records import Progress, StatusReport, to_jsonable
+
+Style = Literal["live", "plain", "json"]
+SECONDS_BETWEEN_PLAIN_LINES = 5.0
+PHASES = ("teacher", "plan", "dump", "train", "reduce", "baseline")
+STATE_STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "reused": "green", "failed": "bold red"}
+# Rows that the terminal's own lines, the summary and a message need beside the sections.
+SPARE_ROWS = 8
+
+
+class Monitor:
+    """Takes progress from any thread, keeps the latest line of every piece of work, and shows it."""
+
+    def __init__(self, style: Style, stream: TextIO, name: str, clock: Callable[[], float]) -> None:
+        self._style, self._stream, self._name, self._clock = style, stream, name, clock
+        self._lines: dict[tuple[str, int | None], Progress] = {}
+        self._shown: dict[tuple[str, int | None], tuple[str, float]] = {}
+        self._started: dict[tuple[str, int | None], tuple[float, int]] = {}
+        self._lock = threading.Lock()
+        self.console = Console(file=stream, highlight=False)
+        self.live: Live | None = None
+
+    def update(self, progress: Progress) -> None:
+        """Take the latest state of one piece of work."""
+        key = (progress.phase, progress.index)
+        with self._lock:
+            now = self._clock()
+            progress = self._with_rate(key, progress, now)
+            self._lines[key] = progress
+            if self._style == "live":
+                if self.live is not None:
+                    self.live.update(self.render())
+            elif self._is_due(key, progress, now):
+                self._shown[key] = (progress.state, now)
+                self._print(self._as_json(progress, now) if self._style == "json" else self._as_text(progress, now))
+
+    def message(self, text: str) -> None:
+        """Tell a sentence between the lines."""
+        with self._lock:
+            now = self._clock()
+            if self._style == "live":
+                self.console.print(escape(text), style="dim")
+            elif self._style == "json":
+                self._print(json.dumps({"time": _time(now), "message": text}))
+            else:
+                self._print(f"{_time(now)} {text}")
+
+    def lines(self) -> tuple[Progress, ...]:
+        """The latest line of every piece of work, in the order of the phases."""
+        return _in_order(tuple(self._lines.values()))
+
+    def render(self) -> RenderableType:
+        """What a terminal shows now."""
+        return progress_table(self.lines(), max_rows=max(4, self.console.height - SPARE_ROWS))
+
+    def _with_rate(self, key: tuple[str, int | None], progress: Progress, now: float) -> Progress:
+        """Fill in images per second and the time left from our own clock, where they are not given."""
+        if progress.state != "running" or progress.per_second is not None or not progress.total:
+            return progress
+        start, first = self._started.setdefault(key, (now, progress.done))
+        if now <= start or progress.done <= first:
+            return progress
+        rate = (progress.done - first) / (now - start)
+        shown_rate = rate if progress.unit == "images" else None
+        return replace(progress, per_second=shown_rate, seconds_left=(progress.total - progress.done) / rate)
+
+    def _is_due(self, key: tuple[str, int | None], progress: Progress, now: float) -> bool:
+        state, when = self._shown.get(key, ("", float("-inf")))
+        return progress.state != state or (progress.state == "running" and now - when >= SECONDS_BETWEEN_PLAIN_LINES)
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _as_text(self, progress: Progress, now: float) -> str:
+        parts = [_time(now), _label(progress), progress.state]
+        if progress.total and progress.state == "running":
+            parts.append(f"{progress.done}/{progress.total} {progress.unit}")
+        parts += [part for part in (_loss(progress), _rate(progress), _left(progress), progress.detail) if part]
+        return " ".join(parts)
+
+    def _as_json(self, progress: Progress, now: float) -> str:
+        return json.dumps({"time": _time(now), **to_jsonable(progress)})
+
+
+@contextlib.contextmanager
+def open_monitor(
+    *, style: Style, stream: TextIO, name: str, clock: Callable[[], float] = time.time
+) -> Iterator[Monitor]:
+    """Show progress on a stream until the block ends; a terminal's last state stays on the screen."""
+    monitor = Monitor(style, stream, name, clock)
+    if style != "live":
+        yield monitor
+        return
+    with Live(console=monitor.console, refresh_per_second=8, transient=False) as live:
+        monitor.live = live
+        yield monitor
+
+
+def progress_table(lines: tuple[Progress, ...], *, max_rows: int) -> Table:
+    """One line per piece of work; where there are too many sections, those that run and a count of the others."""
+    table = Table.grid(padding=(0, 1))
+    for justify in ("left", "left", "left", "right", "right", "right", "right"):
+        table.add_column(justify=justify, no_wrap=True)
+    sections = [line for line in lines if line.phase == "train"]
+    hidden: list[Progress] = []
+    if len(sections) > max_rows:
+        shown = [line for line in sections if line.state in ("running", "failed")][:max_rows]
+        hidden = [line for line in sections if line not in shown]
+    for line in lines:
+        if line not in hidden:
+            _add_row(table, line)
+    if hidden:
+        counts = {state: sum(line.state == state for line in hidden) for state in STATE_STYLES}
+        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        table.add_row(Text("sections", style="dim"), Text(told, style="dim"))
+    return table
+
+
+def status_table(report: StatusReport) -> RenderableType:
+    """What a run is doing, as `dcq-ray status` shows it."""
+    table = progress_table(_in_order(report.lines), max_rows=1000)
+    head = f"{escape(report.name)}: {report.status}, {report.updated_at}, process {report.pid} on {escape(report.host)}"
+    outer = Table.grid()
+    outer.add_row(Text.from_markup(head, style="bold"))
+    outer.add_row(table)
+    if report.message:
+        outer.add_row(Text(report.message))
+    return outer
+
+
+def _add_row(table: Table, line: Progress) -> None:
+    style = STATE_STYLES[line.state]
+    label, state = Text(_label(line)), Text(line.state, style=style)
+    if line.state == "running" and line.total:
+        bar: RenderableType = ProgressBar(total=line.total, completed=line.done, width=18)
+        table.add_row(
+            label,
+            state,
+            bar,
+            f"{line.done}/{line.total}",
+            _loss(line),
+            _rate(line),
+            _left(line) or Text(line.detail, style="dim"),
+        )
+    else:
+        detail = line.detail if len(line.detail) <= 60 else line.detail[:59] + "…"
+        table.add_row(label, state, Text(detail, style="dim"), "", _loss(line), _rate(line), "")
+
+
+def _in_order(lines: tuple[Progress, ...]) -> tuple[Progress, ...]:
+    return tuple(sorted(lines, key=lambda line: (PHASES.index(line.phase), -1 if line.index is None else line.index)))
+
+
+def _label(line: Progress) -> str:
+    return f"section {line.index}" if line.phase == "train" else line.phase
+
+
+def _loss(line: Progress) -> str:
+    return "" if line.loss is None else f"loss {line.loss:.4g}"
+
+
+def _rate(line: Progress) -> str:
+    return "" if line.per_second is None else f"{line.per_second:,.0f} images/s"
+
+
+def _left(line: Progress) -> str:
+    if line.state != "running" or line.seconds_left is None:
+        return ""
+    seconds = round(line.seconds_left)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+
+
+def _time(now: float) -> str:
+    return datetime.datetime.fromtimestamp(now, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,13 @@
+"""The report of a run: tables for a terminal, one self-contained page, JSON."""
+
+from dcq_ray.records import RunReport, to_json
+from dcq_ray.report.page import report_html
+from dcq_ray.report.tables import compare_reports, print_report
+
+
+def report_json(report: RunReport) -> str:
+    """The report as indented JSON."""
+    return to_json(report).decode().rstrip()
+
+
+__all__ = ["compare_reports", "print_report", "report_html", "report_json"]

@@ -1,0 +1,165 @@
+"""The report as one self-contained HTML page: works offline, light and dark, on a phone and for screen readers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from dcq_ray.records import RunReport
+from dcq_ray.report.plots import error_plot, loss_plot, size_plot
+from dcq_ray.report.words import modules, networks, number, percent, seconds, size, verdict
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fcfcfb; --line: #d9dde1; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7eaed; --soft: #a2abb4; --paper: #15181b; --line: #363c42; --accent: #56b4e9; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+.verdict { font-size: 1.15rem; border-left: 4px solid var(--accent); padding-left: .9rem; margin: 1rem 0 1.5rem; }
+.status { color: var(--soft); margin: .2rem 0; }
+.failed { border-color: #d55e00; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child, th.text, td.text { text-align: left; }
+thead th { color: var(--soft); font-weight: 600; }
+figure { margin: 1rem 0 0; color: var(--ink); } figure svg { width: 100%; height: auto; max-width: 46rem; }
+figcaption { color: var(--soft); }
+code { font-size: .9em; overflow-wrap: anywhere; }
+""".strip()
+
+
+def report_html(report: RunReport) -> str:
+    """The page; every text that a user chose is escaped."""
+    parts = [
+        f"<header><h1>{escape(report.name)}</h1>",
+        f'<p class="status">dcq-ray run, {report.status}, started {escape(report.started_at)}</p></header><main>',
+        f'<p class="verdict{" failed" if report.status == "failed" else ""}">{escape(verdict(report))}</p>',
+    ]
+    parts += [f'<p role="alert">Section {f.index}: {escape(f.message)}</p>' for f in report.failures]
+    parts += [
+        "<section><h2>Networks</h2>",
+        _table(
+            "Accuracy on test images, and size with weights packed in bits",
+            ("network", "top-1", "size", "bits"),
+            networks(report),
+        ),
+    ]
+    if report.gap_closed is not None and report.baseline is not None:
+        parts.append(
+            f"<p>Share of the gap between end-to-end {escape(report.baseline.method)} (learning rate {report.baseline.lr:g}, "
+            f"the best of {len(report.baseline.tried_lrs)}) and the teacher that DCQ closed: {percent(report.gap_closed)}.</p>"
+        )
+    parts.append("</section>")
+    if report.sections:
+        parts.append(_sections(report))
+    parts.append(_validation(report))
+    parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p></section>")
+    if report.notes:
+        notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+        parts.append(f"<section><h2>Notes</h2><ul>{notes}</ul></section>")
+    versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in report.versions.items())
+    student = "" if report.student is None else f"<br>student sha256 <code>{escape(report.student.sha256)}</code>"
+    parts.append(
+        f"</main><footer><h2>Provenance</h2><p>teacher {escape(report.teacher.model)} sha256 "
+        f"<code>{escape(report.teacher.sha256)}</code>{student}<br>{versions}</p></footer>"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report.name)}, dcq-ray</title><style>{STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _sections(report: RunReport) -> str:
+    labelled = any(section.top1_alone is not None for section in report.sections)
+    columns = (
+        "section",
+        "modules",
+        "parameters",
+        "bits",
+        "packed",
+        "first loss",
+        "last loss",
+        "error",
+        "top-1 alone" if labelled else "agreement alone",
+        "seconds",
+        "device",
+        "restarts",
+    )
+    rows = [
+        (
+            str(section.index),
+            modules(section.modules),
+            f"{section.num_parameters:,}",
+            f"{section.bits:.2f}",
+            size(section.num_bytes_packed),
+            number(section.initial_loss),
+            number(section.final_loss),
+            number(section.relative_error),
+            percent(section.top1_alone if labelled else section.agreement_alone),
+            f"{section.seconds:.1f}",
+            section.device,
+            str(section.restarts),
+        )
+        for section in report.sections
+    ]
+    caption = "Each section alone: the teacher with only this section replaced, on held-out images"
+    worst = max(report.sections, key=lambda section: section.relative_error or 0.0)
+    return "\n".join(
+        [
+            "<section><h2>Sections</h2>",
+            _table(caption, columns, rows),
+            _plot(
+                "Loss",
+                loss_plot(report),
+                f"Loss curves of {len(report.sections)} sections, logarithmic; the table above has the first and last losses.",
+            ),
+            _plot(
+                "Error",
+                error_plot(report),
+                f"Relative error per section; the greatest alone is {number(worst.relative_error)} in section {worst.index}.",
+            ),
+            _plot("Size", size_plot(report), "Kibibytes per section in full precision and packed."),
+            "</section>",
+        ]
+    )
+
+
+def _validation(report: RunReport) -> str:
+    validation = report.validation
+    if validation is None:
+        return ""
+    rows = [
+        ("top-1", percent(validation.top1), percent(validation.teacher_top1)),
+        ("top-5", percent(validation.top5), ""),
+        ("agreement with the teacher", percent(validation.agreement_with_teacher), ""),
+    ]
+    if validation.metric is not None:
+        rows.append(("metric", number(validation.metric), number(validation.teacher_metric)))
+    caption = f"The stitched student on {validation.num_samples:,} held-out images"
+    return f"<section><h2>Validation</h2>{_table(caption, ('measure', 'student', 'teacher'), rows)}</section>"
+
+
+def _plot(title: str, svg: str, description: str) -> str:
+    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(description, quote=True)}"', 1)
+    return f"<figure><figcaption>{escape(title)}</figcaption>{labelled}</figure>"
+
+
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    text = {index for index, name in enumerate(columns) if name in ("network", "modules", "measure", "device")}
+    kind = [' class="text"' if index in text else "" for index in range(len(columns))]
+    head = "".join(f'<th scope="col"{kind[index]}>{escape(name)}</th>' for index, name in enumerate(columns))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind[index]}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    table = f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    # A table that is wider than a phone scrolls by itself, with the keyboard too.
+    return f'<div class="scroll" tabindex="0">{table}</div>'

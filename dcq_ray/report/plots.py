@@ -1,0 +1,124 @@
+"""The plots of a report as inline SVG, the same bytes for the same report."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING
+
+from dcq_ray.records import RunReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart and which stand out on white and on black.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A8A8A")
+# Stands for the page's text colour, which the page's style puts in its place.
+INK = "#010203"
+
+
+def loss_plot(report: RunReport) -> str:
+    """Loss curves of all sections over the share of their steps."""
+    figure, axes = _figure()
+    for section in report.sections:
+        points = [point for point in section.loss_curve if point.loss > 0]
+        if points:
+            last = points[-1].step
+            color = COLORS[section.index % len(COLORS)]
+            style = ("-", "--", ":", "-.")[section.index // len(COLORS) % 4]
+            axes.plot(
+                [p.step / last for p in points], [p.loss for p in points], style, color=color, label=str(section.index)
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("share of the steps")
+    axes.set_ylabel("loss")
+    if report.sections:
+        legend = axes.legend(
+            title="section", frameon=False, ncols=max(1, len(report.sections) // 8 + 1), labelcolor=INK
+        )
+        legend.get_title().set_color(INK)
+    return _svg(figure)
+
+
+def error_plot(report: RunReport) -> str:
+    """Relative error of every section alone, and of the stitched student at every boundary."""
+    figure, axes = _figure()
+    numbers = [section.index for section in report.sections]
+    axes.bar(
+        [n - 0.2 for n in numbers],
+        [s.relative_error or 0.0 for s in report.sections],
+        0.38,
+        color=COLORS[0],
+        label="alone, on the teacher's inputs",
+    )
+    if report.validation is not None:
+        errors = report.validation.boundary_errors
+        axes.bar(
+            [n + 0.2 for n in range(len(errors))],
+            errors,
+            0.38,
+            color=COLORS[1],
+            label="stitched, on the student's own inputs",
+        )
+    axes.set_xticks(numbers)
+    axes.set_xlabel("section")
+    axes.set_ylabel("relative error")
+    axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def size_plot(report: RunReport) -> str:
+    """Bytes of every section, in full precision and packed."""
+    figure, axes = _figure()
+    numbers = [section.index for section in report.sections]
+    axes.bar(
+        [n - 0.2 for n in numbers],
+        [4 * s.num_parameters / 1024 for s in report.sections],
+        0.38,
+        color=COLORS[6],
+        label="full precision",
+    )
+    axes.bar(
+        [n + 0.2 for n in numbers],
+        [s.num_bytes_packed / 1024 for s in report.sections],
+        0.38,
+        color=COLORS[2],
+        label="packed",
+    )
+    axes.set_yscale("log")
+    axes.set_xticks(numbers)
+    axes.set_xlabel("section")
+    axes.set_ylabel("KiB")
+    axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.spines[["top", "right"]].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(INK)
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # Text as text, for readers and screen readers; a fixed salt and no date, so that the page does not vary.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcq-ray", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    content = buffer.getvalue()
+    content = content[content.index("<svg") :].replace(INK, "currentColor")
+    # The size comes from the page; the names of other people's servers in namespaces load nothing, but the metadata goes.
+    content = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", content, count=1)
+    content = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", content, count=1)
+    return re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)

@@ -1,0 +1,91 @@
+"""The report in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dcq_ray.records import RunReport, SectionReport
+from dcq_ray.report.words import modules, networks, number, percent, seconds, verdict
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the final tables: networks, sections, validation, seconds, notes."""
+    console.print(f"[bold]{escape(report.name)}[/]: {report.status}")
+    console.print(escape(verdict(report)))
+    table = _table("network", "top-1", "size", "bits")
+    for row in networks(report):
+        table.add_row(*row)
+    console.print(table)
+    if report.gap_closed is not None and report.baseline is not None:
+        rival = f"end-to-end {report.baseline.method}"
+        console.print(f"share of the gap between {rival} and the teacher that DCQ closed: {percent(report.gap_closed)}")
+    if report.sections:
+        labelled = any(section.top1_alone is not None for section in report.sections)
+        table = _table("#", "section", "weights", "bits", "loss", "error", "alone", "s")
+        for section in report.sections:
+            table.add_row(*_row(section, labelled))
+        console.print(table)
+        measure = "top-1" if labelled else "agreement with the teacher"
+        console.print(
+            f"alone: {measure} of the teacher with only this section replaced, on held-out images", style="dim"
+        )
+    validation = report.validation
+    if validation is not None:
+        console.print(
+            f"on {validation.num_samples} held-out images: top-1 {percent(validation.top1)} (teacher "
+            f"{percent(validation.teacher_top1)}), top-5 {percent(validation.top5)}, agreement with the teacher "
+            f"{percent(validation.agreement_with_teacher)}"
+        )
+        if validation.metric is not None:
+            console.print(f"metric: {number(validation.metric)} (teacher {number(validation.teacher_metric)})")
+    console.print(seconds(report))
+    for failure in report.failures:
+        console.print(f"[bold red]section {failure.index} failed[/]: {escape(failure.message)}")
+    for note in report.notes:
+        console.print(escape(note), style="dim")
+
+
+def compare_reports(reports: Sequence[RunReport], console: Console) -> None:
+    """Several runs side by side."""
+    table = _table("run", "status", "sections", "bits", "teacher", "untrained", "student", "agreement", "total s")
+    for report in reports:
+        student, validation = report.student, report.validation
+        table.add_row(
+            escape(report.name),
+            report.status,
+            str(len(report.sections)),
+            number(None if student is None else student.bits),
+            percent(report.teacher.top1),
+            percent(report.untrained_top1),
+            percent(None if student is None else student.top1),
+            percent(None if validation is None else validation.agreement_with_teacher),
+            f"{report.timings.total_seconds:.0f}",
+        )
+    console.print(table)
+
+
+def _row(section: SectionReport, labelled: bool) -> tuple[str, ...]:
+    return (
+        str(section.index),
+        escape(modules(section.modules)),
+        f"{section.num_parameters:,}",
+        f"{section.bits:.2f}",
+        f"{number(section.initial_loss)} → {number(section.final_loss)}",
+        number(section.relative_error),
+        percent(section.top1_alone if labelled else section.agreement_alone),
+        f"{section.seconds:.1f}",
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(
+            name, justify="left" if name in ("network", "section", "run", "status") else "right", overflow="fold"
+        )
+    return table

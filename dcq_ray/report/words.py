@@ -1,0 +1,79 @@
+"""Numbers and sentences of a report as a person reads them."""
+
+from __future__ import annotations
+
+from dcq_ray.records import RunReport
+
+ABSENT = "-"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction as percent with one decimal; a dash where there is none."""
+    return ABSENT if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """A small number with three significant digits; a dash where there is none."""
+    return ABSENT if value is None else f"{value:.3g}"
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def modules(names: tuple[str, ...]) -> str:
+    """A section's modules by their ends."""
+    return ABSENT if not names else names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def verdict(report: RunReport) -> str:
+    """What a reader wants to know first, in a sentence."""
+    if report.status == "failed":
+        failed = ", ".join(str(failure.index) for failure in report.failures) or "unknown"
+        return f"The run failed in section {failed}; what was finished is kept."
+    if report.status != "succeeded" or report.student is None:
+        return f"The run is {report.status}: there is no student yet."
+    ratio = report.teacher.num_bytes / max(1, report.student.num_bytes_packed)
+    packed = f"in 1/{ratio:.0f} of the bytes ({size(report.student.num_bytes_packed)} packed)"
+    teacher, student = report.teacher.top1, report.student.top1
+    where = f"{report.num_test_samples:,} test images"
+    if (teacher is None or student is None) and report.validation is not None:
+        teacher, student = report.validation.teacher_top1, report.validation.top1
+        where = f"{report.validation.num_samples:,} held-out images"
+    if teacher is not None and student is not None:
+        points = 100 * (student - teacher)
+        scores = f"{percent(student)} top-1 on {where}, the teacher {percent(teacher)} ({points:+.1f} points)"
+        return f"The student scores {scores}, {packed}."
+    if report.validation is not None:
+        agreed = percent(report.validation.agreement_with_teacher)
+        return f"The student agrees with the teacher on {agreed} of {where}, {packed}."
+    return f"The student is finished, {packed}."
+
+
+def networks(report: RunReport) -> list[tuple[str, str, str, str]]:
+    """Rows (network, top-1, bytes, bits) from the teacher to the student."""
+    rows = [("teacher", percent(report.teacher.top1), size(report.teacher.num_bytes), "fp32")]
+    if report.student is None:
+        return rows
+    packed, bits = size(report.student.num_bytes_packed), f"{report.student.bits:.2f}"
+    rows.append(("untrained student", percent(report.untrained_top1), packed, bits))
+    if report.baseline is not None:
+        rows.append((f"end-to-end {report.baseline.method}", percent(report.baseline.top1), packed, bits))
+    rows.append(("stitched student", percent(report.student.top1), packed, bits))
+    return rows
+
+
+def seconds(report: RunReport) -> str:
+    """Where the time went."""
+    timings = report.timings
+    cpu = timings.cpu_seconds
+    return (
+        f"dump {timings.dump_seconds:.1f} s, train {timings.train_seconds:.1f} s, reduce {timings.reduce_seconds:.1f} s, "
+        f"total {timings.total_seconds:.1f} s; processor {cpu.teacher + cpu.dump + cpu.train + cpu.reduce:.1f} s"
+    )
