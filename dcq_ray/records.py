@@ -6,7 +6,6 @@ be derived is a property. Accuracies are fractions in [0, 1], sizes bytes, times
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -21,8 +20,14 @@ R = TypeVar("R")
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _cached_adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    # A class is hashable; mypy takes its metaclass for a reason to doubt it.
+    adapter: TypeAdapter[Any] = _cached_adapter(kind)
+    return adapter
 
 
 def to_json(record: Any) -> bytes:

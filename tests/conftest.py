@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +66,61 @@ def data_root() -> Path:
     if not (root / "teachers").is_dir():
         pytest.skip(f"real data sets and teachers not found: {root} (name their folder in DCQ_DATA)")
     return root
+
+
+USER_MODULE = '''
+import torch
+from torch import nn
+
+
+class UserNet(nn.Module):
+    """A user's own class: convolutions with BatchNorm, a residual, a head."""
+
+    def __init__(self, width=8, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(width * 16, num_classes)
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.pool(torch.relu(x + self.bn2(self.conv2(x))))
+        return self.head(torch.flatten(x, 1))
+
+
+def user_net(width=8):
+    return UserNet(width)
+
+
+def count_right(logits, labels):
+    return (logits.argmax(1) == labels).sum().item()
+
+
+def fragile(images):
+    return images * float("nan")
+'''
+
+
+@pytest.fixture
+def job_document(tmp_path: Path) -> dict[str, Any]:
+    """A small job on real digits with a user's own network, quick enough for every test; its folder is `tmp_path`."""
+    (tmp_path / "user_nets.py").write_text(USER_MODULE)
+    return {
+        "name": "small",
+        "teacher": {"model": "user_nets:user_net", "fit": {"epochs": 4, "lr": 0.01, "batch_size": 32}},
+        "data": {
+            "dataset": "digits",
+            "train_samples": 320,
+            "held_out_samples": 100,
+            "test_samples": 100,
+            "batch_size": 32,
+            "metric": "user_nets:count_right",
+        },
+        "sections": {"every": "layer"},
+        "quantize": {"first_last_bits": None},
+        "train": {"epochs": 3, "batch_size": 32},
+        "storage": {"run_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")},
+    }

@@ -406,7 +406,10 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path) -> None:
     (tmp_path / "test" / "eel" / "2.png").write_bytes(_encoded(_random_images(9, 12, 3)))
     with pytest.raises(DataError, match=r"eel/2\.png: got 9x12 pixels, but test/cat/0\.png has 5x6.*data.image_size"):
         _load("imagefolder", tmp_path)
-    assert _load("imagefolder", tmp_path, image_size=(4, 4)).input_shape == (3, 4, 4)
+    part = _test_part(_load("imagefolder", tmp_path, image_size=(4, 4)))
+    together = part.images(np.arange(12))
+    assert together.shape == (12, 3, 4, 4)
+    assert all(torch.equal(part.images(np.array([position]))[0], together[position]) for position in range(12))
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_lenet_takes_other_sizes_and_channels_and_never_falls_below_zero() -> No
     assert (output >= 0).all()
 
 
+def test_lenet_without_its_last_relu_keeps_its_parameters_and_loses_no_sign() -> None:
+    with_relu, without = lenet().eval(), lenet(final_relu=False).eval()
+    without.load_state_dict(with_relu.state_dict())
+    with torch.no_grad():
+        assert (without(_example("lenet")) < 0).any()
+        assert torch.equal(without(_example("lenet")).relu(), with_relu(_example("lenet")))
+
+
 @pytest.mark.parametrize("image_size", [21, 28, 32, 40, 41])
 def test_svhn_takes_other_sizes(image_size: int) -> None:
     assert svhn(image_size=image_size).eval()(torch.randn(1, 3, image_size, image_size)).shape == (1, 10)

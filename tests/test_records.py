@@ -50,6 +50,7 @@ JOB = Job.model_validate(
         "data": {"dataset": "digits", "image_size": [16, 16], "normalize": {"mean": [0.5], "std": [0.25]}},
         "sections": {"cuts": ["conv1", "block.relu"]},
         "quantize": {"overrides": {"block.*": {"bits": 4}}},
+        "resources": {"cpus_per_section": 2},
     }
 )
 INPUT = Boundary(index=0, cut="input", shape=(1, 16, 16), num_samples=100, dtype="float32", digest="d0")
@@ -223,9 +224,7 @@ def test_there_is_one_of_every_record() -> None:
 def test_json_both_ways(record: Any) -> None:
     back = from_json(type(record), to_json(record))
     assert back == record
-    assert repr(back) == repr(
-        record
-    )  # tuples are tuples again, which == of lists and tuples would tell, and floats floats
+    assert repr(back) == repr(record)  # floats are floats again, and 1.0 is not 1
 
 
 @pytest.mark.parametrize("record", EVERY_RECORD, ids=kind_name)

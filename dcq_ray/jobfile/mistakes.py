@@ -60,7 +60,7 @@ def dotted(path: Path) -> str:
         if isinstance(part, int):
             written += f"[{part}]"
         else:
-            name = shortened(repr(part)[1:-1], _SHOWN_KEY)
+            name = shortened(repr(mask_credentials(part))[1:-1], _SHOWN_KEY)
             written += ("." if written else "") + (name if re.fullmatch(r"[^\s.=\"]+", part) else f'"{name}"')
     return written
 

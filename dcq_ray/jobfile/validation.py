@@ -33,42 +33,55 @@ def validated(document: dict[str, Any], known: Sequence[Mistake]) -> tuple[Job |
 
     The document holds plain values only. It is checked strictly, as JSON: a flag is no number, 1 is no flag.
     """
+    kinds: dict[Path, str] = dict.fromkeys(_flags_for_numbers(document, job_node()), "flag")
+    job = None
     try:
-        return Job.model_validate_json(json.dumps(document), strict=True), []
+        job = Job.model_validate_json(json.dumps(document), strict=True)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-    mistakes: dict[Path, Mistake] = {}
-    for item in errors:
-        path = _path(item["loc"], unknown_key=item["type"] == "extra_forbidden")
-        # One value of a union gets an error for each branch; they become one mistake.
-        if path not in mistakes and not related(path, known):
-            mistakes[path] = Mistake(path=path, problem=_problem(item["type"], path, document))
-    return None, list(mistakes.values())
+        for item in error.errors(include_url=False, include_context=False, include_input=False):
+            path = tuple(item["loc"]) if item["type"] == "extra_forbidden" else _path(item["loc"], document)
+            kinds.setdefault(path, item["type"])  # one value of a union gets an error for each branch
+    # A list with a wrong item also counts as too short; the item says it all.
+    wrong = [path for path in kinds if not any(path == other[: len(path)] for other in kinds if other != path)]
+    mistakes = [
+        Mistake(path=path, problem=_problem(kinds[path], path, document)) for path in wrong if not related(path, known)
+    ]
+    return (None if kinds else job), mistakes
 
 
-def _path(location: Sequence[str | int], *, unknown_key: bool) -> Path:
+def _flags_for_numbers(value: Any, node: Node, path: Path = ()) -> Iterator[Path]:
+    """Where a flag stands for a number; pydantic takes true for 1 in a choice of numbers."""
+    if isinstance(value, bool):
+        kinds = {option.get("type") for option in options(node)}
+        if kinds & {"integer", "number"} and "boolean" not in kinds:
+            yield path
+        return
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for part, item in parts:
+        below = child(node, part)
+        if below is not None:
+            yield from _flags_for_numbers(item, below, (*path, part))
+
+
+def _path(location: Sequence[str | int], document: Any) -> Path:
     """pydantic's location without what is no key: the names of a union's branches, an item that a list lacks."""
-    if unknown_key:
-        return tuple(location)
     node: Node | None = job_node()
-    path: list[str | int] = []
+    path: Path = ()
     for part in location:
         node = None if node is None else child(node, part)
-        if node is None:
+        lacking = isinstance(part, int) and not _look_up(document, (*path, part))[0]
+        if node is None or lacking:
             break
-        path.append(part)
-    return tuple(path)
+        path = (*path, part)
+    return path
 
 
 def _problem(kind: str, path: Path, document: Any) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(path)
-    present, value = _look_up(document, path)
-    while not present and path and isinstance(path[-1], int):  # an item that the list lacks
-        path = path[:-1]
-        present, value = _look_up(document, path)
     node = node_at(path)
     assert node is not None, "the path was walked along the models"
+    present, value = _look_up(document, path)
     if not present:
         return _missing(path, node)
     return "".join([f"got {shown(value)}, expected {expectation(node)}", *_advice(value, node)])

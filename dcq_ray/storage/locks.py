@@ -69,7 +69,7 @@ def hold_boundary(store: Store, *, on_wait: Callable[[str], None] | None = None)
 @contextlib.contextmanager
 def _hold_run_locally(store: Store, owner: str) -> Iterator[int]:
     with explained(store, "lock", _RUN_LOCK_FILE):
-        descriptor = _try_lock(store.files.path(_RUN_LOCK_FILE))
+        descriptor = _try_lock(Path(store.files.path(_RUN_LOCK_FILE)))
     if descriptor is None:
         raise _busy(store, readable_lease(store, LEASE_FILE), "")
     with _released(descriptor):
@@ -102,7 +102,7 @@ def _hold_boundary(store: Store, on_wait: Callable[[str], None]) -> Iterator[Non
         with hold_lease(store, _BOUNDARY_LOCK_FILE, _BOUNDARY_OWNER, wait):
             yield
         return
-    path = store.files.path(_BOUNDARY_LOCK_FILE)
+    path = Path(store.files.path(_BOUNDARY_LOCK_FILE))
     while True:
         with explained(store, "lock", _BOUNDARY_LOCK_FILE):
             # Tried again and again, not waited for in the kernel, so that Ctrl-C works in every thread.

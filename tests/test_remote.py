@@ -1,0 +1,112 @@
+"""Runs on Ray: the same student as in-process, placement, addresses."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcq_ray.errors import ClusterError
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import ignore_progress, run_local
+from dcq_ray.records import Progress
+from dcq_ray.remote import answers, run_remote, section_share
+from dcq_ray.spec import Job
+
+
+def job_of(document: dict[str, Any], **storage: str) -> Job:
+    document = copy.deepcopy(document)
+    document["storage"].update(storage)
+    return resolve_job(document, source="test")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_and_in_process_give_the_same_student(job_document: dict[str, Any], tmp_path: Path) -> None:
+    local = run_local(job_of(job_document), str(tmp_path), emit=ignore_progress, owner="test")
+    events: list[Progress] = []
+    said: list[str] = []
+    # A cache of its own: the activations are dumped by Ray tasks too.
+    job = job_of(job_document, run_dir=str(tmp_path / "ray-run"), cache_dir=str(tmp_path / "ray-cache"))
+    remote = run_remote(
+        job,
+        str(tmp_path),
+        address="local",
+        environment=os.environ,
+        emit=events.append,
+        say=said.append,
+        owner="test",
+    )
+    assert remote.student == local.student
+    assert remote.teacher == local.teacher
+    assert remote.untrained_top1 == local.untrained_top1
+    assert remote.validation == local.validation
+    assert [section.top1_alone for section in remote.sections] == [section.top1_alone for section in local.sections]
+    assert {event.index for event in events if event.phase == "train" and event.state == "done"} == {0, 1, 2}
+    assert "a local Ray" in said[0]
+
+
+def job_with(document: dict[str, Any], gpus: float | str, cpus: float = 1) -> Job:
+    document = copy.deepcopy(document)
+    document["resources"] = {"gpus_per_section": gpus, "cpus_per_section": cpus}
+    return resolve_job(document, source="test")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_sections", "nodes", "expected"),
+    [
+        ("auto", 4, [{"CPU": 8}], (0.0, 8)),
+        ("auto", 4, [{"CPU": 8, "GPU": 4}], (1.0, 4)),
+        ("auto", 4, [{"CPU": 8, "GPU": 8}], (1.0, 8)),
+        ("auto", 4, [{"CPU": 8, "GPU": 1}], (0.25, 4)),
+        ("auto", 3, [{"CPU": 8, "GPU": 1}], (1 / 3, 3)),
+        ("auto", 5, [{"CPU": 8, "GPU": 2}], (1 / 3, 6)),
+        (0.5, 4, [{"CPU": 1, "GPU": 1}, {"CPU": 8, "GPU": 1}], (0.5, 3)),
+        (0, 4, [{"CPU": 2, "GPU": 1}], (0.0, 2)),
+    ],
+)
+def test_share_of_a_section(
+    job_document: dict[str, Any],
+    gpus: float | str,
+    num_sections: int,
+    nodes: list[dict[str, float]],
+    expected: tuple[float, int],
+) -> None:
+    share = section_share(job_with(job_document, gpus), num_sections, nodes)
+    assert (share.num_gpus, share.places) == (pytest.approx(expected[0]), expected[1])
+
+
+def test_resources_that_no_node_has_are_refused(job_document: dict[str, Any]) -> None:
+    with pytest.raises(ClusterError, match="asks for 16 CPUs and 0 GPUs, but no node of the cluster has them"):
+        section_share(job_with(job_document, "auto", cpus=16), 2, [{"CPU": 8}, {"CPU": 8}])
+
+
+def test_dead_addresses_do_not_hang() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        mute = f"127.0.0.1:{listener.getsockname()[1]}"
+        started = time.monotonic()
+        assert not answers(mute, 0.5)
+        assert not answers(f"ray://{mute[:-1]}x", 0.5)
+        assert time.monotonic() - started < 5
+    assert not answers(mute, 0.5)
+    assert not answers("nonsense", 0.5)
+
+
+def test_an_explicit_address_that_is_dead_is_an_error(job_document: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="no Ray answers there"):
+        run_remote(
+            job_of(job_document),
+            str(tmp_path),
+            address="127.0.0.1:1",
+            environment={},
+            emit=ignore_progress,
+            say=lambda _: None,
+            owner="test",
+        )
