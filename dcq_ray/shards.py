@@ -25,6 +25,7 @@ from dcq_ray.storage import Store
 MAX_SAMPLES_PER_SHARD = 1024
 MANIFEST_FILE = "manifest.json"
 COLUMN = "activation"
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 Array = NDArray[Any]
 
@@ -191,9 +192,9 @@ def _checked(store: Store, index: int, array: Array, dtype: str) -> Array:
             f"{rows[0]} of the shard; look for NaN in the images or the teacher's weights"
         )
     largest = float(np.abs(array).max()) if array.size else 0.0
-    if dtype == "float16" and largest > np.finfo(np.float16).max:
+    if dtype == "float16" and largest > FLOAT16_MAX:
         raise ShardError(
-            f"{where}: an activation of magnitude {largest:g} does not fit float16 (at most {np.finfo(np.float16).max:g}); "
+            f"{where}: an activation of magnitude {largest:g} does not fit float16 (at most {FLOAT16_MAX:g}); "
             "set storage.dtype: float32"
         )
     return array.astype(dtype)

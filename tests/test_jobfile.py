@@ -613,6 +613,7 @@ def test_keys_that_are_no_text() -> None:
         ),
         ("=", "cannot read '=' as YAML's value; put a text in quotes"),
         (r'"\ud800"', r"got '\ud800', which is not Unicode text"),
+        (r'"a\0b"', r"got 'a\x00b', which holds a NUL character, which no path can hold"),
         ("0x" + "f" * 6000, "got a whole number of 24000 bits, more than any number here may have"),
         ("1" * 6000, "cannot read '1111111111"),
     ],
@@ -785,6 +786,7 @@ def test_run_and_cache_in_two_folders(run_dir: str, cache_dir: str) -> None:
         ("~/d", "run_dir", "~/d/x"),
         ("d/../e", "cache_dir", "e/x"),
         ("/d", "run_dir", "file:///d/x"),
+        ("s3://b/d", "run_dir", "s3://b/d/x"),
     ],
 )
 def test_nothing_is_written_among_the_data(root: str, key: str, folder: str) -> None:
@@ -792,6 +794,13 @@ def test_nothing_is_written_among_the_data(root: str, key: str, folder: str) -> 
     line = mistake(("data.root", root), ("storage", {key: folder, other: "/elsewhere"}))
     assert line.startswith(
         f"storage.{key}: got {folder!r}, which lies in data.root, {root!r}; expected a folder outside"
+    )
+
+
+@pytest.mark.parametrize("key", ["run_dir", "cache_dir"])
+def test_folders_that_are_no_uris(key: str) -> None:
+    assert mistake(("storage", {key: "s3://[b/x"})).startswith(
+        f"storage.{key}: got 's3://[b/x', expected a folder, or a URI such as s3"
     )
 
 
@@ -803,7 +812,8 @@ def test_links_into_the_data_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("root", "run_dir"), [("d", "dd"), ("d/e", "d/f"), ("d/e", "d"), ("d", "s3://d/x"), ("d/x", "runs/d/x")]
+    ("root", "run_dir"),
+    [("d", "dd"), ("d/e", "d/f"), ("d/e", "d"), ("d", "s3://d/x"), ("d/x", "runs/d/x"), ("s3://[", "s3://b/x")],
 )
 def test_runs_beside_the_data(root: str, run_dir: str) -> None:
     assert resolved(("data.root", root), ("storage.run_dir", run_dir)).data.root == root
@@ -962,7 +972,7 @@ def test_any_override_is_accepted_or_told(override: str) -> None:
 
 # -- back to YAML ------------------------------------------------------------------------------------------------------
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | NUMBERS | TEXTS | st.just("${X:-y}") | st.just("1e-3"),
@@ -1045,6 +1055,14 @@ def test_job_yaml_loads_back_to_the_same_job(document: Any) -> None:
     assert back == job
     assert back.teacher.args == document["teacher"].get("args", {})
     assert job_yaml(back) == written
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\u2028b", "\u2029", "\ufeff", "a\n\n b\r\n", " ", "\x07", "1e-3", "no", "$${", "é"]
+)
+def test_job_yaml_keeps_odd_texts(text: str) -> None:
+    job = resolve_job(escaped(changed(("teacher.args", {text: text, "a": [text]}))), source="x")
+    assert parse_job(job_yaml(job).encode(), source="x").teacher.args == {text: text, "a": [text]}
 
 
 def test_job_yaml_has_every_key_in_the_order_of_the_models() -> None:
@@ -1239,6 +1257,17 @@ def test_dotted() -> None:
     assert dotted(("overrides", "layer1.*", "bits")) == 'overrides."layer1.*".bits'
     assert dotted(("a b", "x=y", "")) == '"a b"."x=y".""'
     assert dotted(()) == ""
+    assert dotted(("a\nb", "\x1b")) == r'"a\nb".\x1b'
+
+
+def test_shown() -> None:
+    assert (
+        shown({"a": [1, 2.5, None, True, "x"], "b c": {}, "\n": "'"})
+        == "{a: [1, 2.5, null, true, 'x'], 'b c': {}, '\\n': \"'\"}"
+    )
+    assert shown("x" * 61) == "'" + "x" * 59 + "…'"
+    assert shown("x" * 60) == "'" + "x" * 60 + "'"
+    assert len(shown(list(range(1000)))) == 60
 
 
 def test_nearest() -> None:

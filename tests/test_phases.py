@@ -179,7 +179,9 @@ def test_damaged_weights_are_trained_again(job_document: dict[str, Any], tmp_pat
     assert report.student == first.student
 
 
-def test_a_damaged_shard_fails_its_sections_only_and_is_dumped_again(job_document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_damaged_shard_fails_its_sections_only_and_is_dumped_again(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
     first = run(job_document, tmp_path)
     plan = from_json(PartitionPlan, (tmp_path / "run" / "plan.json").read_bytes())
     shard = tmp_path / "cache" / plan.boundaries[-1].digest / "shard-00000.arrow"
@@ -219,13 +221,14 @@ def test_the_last_section_may_learn_otherwise(job_document: dict[str, Any], tmp_
 
 def test_images_without_labels_give_agreement(job_document: dict[str, Any], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (200, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "train.npz", images=images)
+    (tmp_path / "images").mkdir()
+    np.savez(tmp_path / "images" / "train.npz", images=images)
     document = changed(
         job_document,
         teacher={"model": "user_nets:user_net"},
         data={
             "dataset": "npz",
-            "root": str(tmp_path),
+            "root": str(tmp_path / "images"),
             "train": "train.npz",
             "batch_size": 32,
             "held_out_samples": 40,
@@ -246,7 +249,9 @@ def test_a_teacher_near_chance_is_refused_before_the_dump(job_document: dict[str
     run(changed(job_document, teacher__fit=None, teacher__min_top1=0), tmp_path)
 
 
-def test_a_disk_budget_is_an_error_before_the_dump_with_both_numbers(job_document: dict[str, Any], tmp_path: Path) -> None:
+def test_a_disk_budget_is_an_error_before_the_dump_with_both_numbers(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(StorageError, match=r"need [\d,]+ bytes, but storage.max_bytes allows 1,000"):
         run(changed(job_document, storage__max_bytes=1000), tmp_path)
     assert not list((tmp_path / "cache").glob("*/*.arrow"))
@@ -262,7 +267,10 @@ def test_float16_overflow_is_an_error_that_names_float32(job_document: dict[str,
 
 
 def test_two_drivers_on_one_run_directory(job_document: dict[str, Any], tmp_path: Path) -> None:
-    with hold_run(open_store(str(tmp_path / "run")), owner="the other driver"), pytest.raises(RunBusyError, match="the other driver"):
+    with (
+        hold_run(open_store(str(tmp_path / "run")), owner="the other driver"),
+        pytest.raises(RunBusyError, match="the other driver"),
+    ):
         run(job_document, tmp_path)
 
 

@@ -99,7 +99,11 @@ def ls(root: str) -> None:
     store = open_store(root)
     table = Table("run", "name", "status", "teacher", "student", "seconds", "started")
     for name in store.list_names():
-        found = read_report(store.child(name))
+        try:
+            found = read_report(store.child(name))
+        except StorageError:
+            # A file among the folders.
+            continue
         if found is None:
             continue
         scores = (found.teacher.top1, None if found.student is None else found.student.top1)

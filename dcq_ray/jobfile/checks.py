@@ -132,17 +132,19 @@ def _storage(fields: _Fields) -> Iterator[Mistake]:
     cache_dir = default if fields.absent("storage", "cache_dir") else fields.get("storage", "cache_dir")
     folders = {"run_dir": fields.get("storage", "run_dir"), "cache_dir": cache_dir}
     named = {key: _location(folder) for key, folder in folders.items() if isinstance(folder, str)}
-    if len(named) == 2 and named["run_dir"] == named["cache_dir"]:
+    if len(named) == 2 and named["run_dir"] is not None and named["run_dir"] == named["cache_dir"]:
         yield Mistake(
             path=("storage", "run_dir"),
             problem=f"got {shown(folders['run_dir'])}, which is storage.cache_dir too; expected another folder, since "
             "the cache is shared between runs",
         )
     root = fields.get("data", "root")
-    if not isinstance(root, str):
-        return
+    above = _location(root) if isinstance(root, str) else None
     for key, location in named.items():
-        if _location(root) == location[: len(_location(root))]:
+        if location is None:
+            problem = f"got {shown(folders[key])}, expected a folder, or a URI such as s3://bucket/folder"
+            yield Mistake(path=("storage", key), problem=problem)
+        elif above is not None and above == location[: len(above)]:
             yield Mistake(
                 path=("storage", key),
                 problem=f"got {shown(folders[key])}, which lies in data.root, {shown(root)}; expected a folder "
@@ -150,9 +152,15 @@ def _storage(fields: _Fields) -> Iterator[Mistake]:
             )
 
 
-def _location(folder: str) -> Path:
-    """What tells folders apart: scheme, host and the names on the way down; links of local folders are followed."""
-    parts = urlsplit(folder) if "://" in folder else None
+def _location(folder: str) -> Path | None:
+    """What tells folders apart: scheme, host and the names on the way down; None for what is no URI.
+
+    Links of local folders are followed.
+    """
+    try:
+        parts = urlsplit(folder) if "://" in folder else None
+    except ValueError:
+        return None
     if parts is None or parts.scheme == "file":
         local = os.path.expanduser(folder) if parts is None else unquote(parts.path)
         return ("file", "", *(name for name in os.path.realpath(local).split(os.sep) if name))

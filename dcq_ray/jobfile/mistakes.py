@@ -81,7 +81,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, str):
         return repr(mask_credentials(value))
     if isinstance(value, Mapping):
-        entries = [f"{key if isinstance(key, str) else _flow(key)}: {_flow(item)}" for key, item in value.items()]
+        entries = [f"{_flow_key(key)}: {_flow(item)}" for key, item in value.items()]
         return "{" + ", ".join(entries) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_flow, value)) + "]"
@@ -89,7 +89,11 @@ def _flow(value: Any) -> str:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, float) and not math.isfinite(value):
         return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
-    return str(value)
+    return repr(str(value))[1:-1]  # on one line, whatever it is
+
+
+def _flow_key(key: Any) -> str:
+    return key if isinstance(key, str) and re.fullmatch(r"[\w.*-]+", key) else _flow(key)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

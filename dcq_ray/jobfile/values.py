@@ -36,7 +36,7 @@ def check_size(depth: int, counter: Iterator[int]) -> None:
 def key_problem(key: Any) -> str | None:
     """What is wrong with the key of a mapping; None for a text."""
     if isinstance(key, str):
-        return None if _is_unicode(key) else f"the key {shown(key)} is not Unicode text"
+        return f"the key {shown(key)} {problem}" if (problem := _text_problem(key)) else None
     return f"the key {shown(key)} is {_kind(key)}, expected text; put it in quotes"
 
 
@@ -68,7 +68,7 @@ def expanded(value: Any, environment: Mapping[str, str], path: Path, mistakes: l
     text, problems = _expanded_text(value, environment) if isinstance(value, str) else (value, [])
     if problem := next(iter(problems), None) or _problem(text):
         mistakes.append(Mistake(path=path, problem=problem))
-        return value if isinstance(value, str) and _is_unicode(value) else None  # the rest must stay plain
+        return value if isinstance(value, str) and not _text_problem(value) else None  # the rest must stay plain
     return text
 
 
@@ -101,7 +101,7 @@ def _problem(value: Any) -> str | None:
     if value is None or isinstance(value, bool):
         return None
     if isinstance(value, str):
-        return None if _is_unicode(value) else f"got {shown(value)}, which is not Unicode text"
+        return f"got {shown(value)}, which {problem}" if (problem := _text_problem(value)) else None
     if isinstance(value, int):
         return None if value.bit_length() <= _MAX_BITS else f"got {shown(value)}, more than any number here may have"
     if isinstance(value, float):
@@ -109,9 +109,10 @@ def _problem(value: Any) -> str | None:
     return f"got {shown(value)}, {_kind(value)}, expected text, a number, a list or a mapping; put a text in quotes"
 
 
-def _is_unicode(text: str) -> bool:
-    """False where half of a surrogate pair stands alone, which no UTF-8 file can hold."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _text_problem(text: str) -> str | None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "is not Unicode text"  # half of a surrogate pair alone, which no UTF-8 file can hold
+    return "holds a NUL character, which no path can hold" if "\0" in text else None
 
 
 def _kind(value: Any) -> str:

@@ -26,7 +26,10 @@ def run_job(job: str, *options: str) -> tuple[dict[str, Any], float]:
         command = [sys.executable, "-m", "dcq_ray", "run", job, "--run-dir", f"{folder}/run", "--address", "local"]
         started = time.monotonic()
         subprocess.run(
-            [*command, "--set", f"storage.cache_dir={folder}/cache", *options], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+            [*command, "--set", f"storage.cache_dir={folder}/cache", *options],
+            check=True,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
         )
         seconds = time.monotonic() - started
         report: dict[str, Any] = json.loads(Path(folder, "run", "report.json").read_text())
@@ -47,7 +50,9 @@ def main() -> None:
     print(f"| wall time, Ray's start included | {seconds:.0f} s |")
     print(f"| teacher | {percent(quick['teacher']['top1'])} |")
     print(f"| untrained student | {percent(quick['untrained_top1'])} |")
-    print(f"| stitched student, {len(quick['sections'])} sections | {percent(quick['student']['top1'])} |\n", flush=True)
+    print(
+        f"| stitched student, {len(quick['sections'])} sections | {percent(quick['student']['top1'])} |\n", flush=True
+    )
 
     mnist, seconds = run_job("jobs/mnist-lenet-w1.yaml", "--baseline")
     rival = mnist["baseline"]
@@ -56,10 +61,14 @@ def main() -> None:
     print(f"| teacher | {percent(mnist['teacher']['top1'])} | |")
     print(f"| untrained student | {percent(mnist['untrained_top1'])} | |")
     rates = ", ".join(f"{rate:g}" for rate in rival["tried_lrs"])
-    print(f"| end-to-end DoReFa, best of lr {rates}: {rival['lr']:g} | {percent(rival['top1'])} | {rival['cpu_seconds']:.0f} |")
+    print(
+        f"| end-to-end DoReFa, best of lr {rates}: {rival['lr']:g} | {percent(rival['top1'])} | {rival['cpu_seconds']:.0f} |"
+    )
     cpu = mnist["timings"]["cpu_seconds"]
     dcq_seconds = cpu["dump"] + cpu["train"] + cpu["reduce"]
-    print(f"| DCQ stitched, {len(mnist['sections'])} sections | {percent(mnist['student']['top1'])} | {dcq_seconds:.0f} |")
+    print(
+        f"| DCQ stitched, {len(mnist['sections'])} sections | {percent(mnist['student']['top1'])} | {dcq_seconds:.0f} |"
+    )
     print(f"| share of the gap closed | {'none to close' if closed is None else percent(closed)} | |")
     print(f"\nsample passes of each: {rival['num_sample_passes']:,}; all of it took {seconds:.0f} s")
 

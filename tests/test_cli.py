@@ -1,0 +1,171 @@
+"""The command line as a person or a script meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dcq_ray.storage import hold_run, open_store
+
+COMMANDS = ("run", "plan", "teacher", "baseline", "report", "status", "ls", "eval", "schema")
+
+
+def dcq(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dcq_ray", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+@pytest.fixture
+def job_path(job_document: dict[str, Any], tmp_path: Path) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_document))
+    return str(path)
+
+
+def one_paragraph(text: str) -> bool:
+    return text.startswith("dcq-ray: ") and "\n\n" not in text.strip() and "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    done = dcq(command, "--help")
+    assert done.returncode == 0
+    assert f"dcq-ray {command}" in done.stdout
+    assert "Example:" in done.stdout
+
+
+def test_help_of_run_shows_a_job() -> None:
+    text = dcq("run", "--help").stdout
+    assert "dataset: digits" in text
+    assert "teacher:" in text
+
+
+@pytest.mark.slow
+def test_run_report_eval_and_ls(job_path: str, tmp_path: Path) -> None:
+    done = dcq("run", job_path, "--address", "none")
+    assert done.returncode == 0, done.stderr
+    assert "stitched student" in done.stdout
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    report = json.loads(dcq("report", str(tmp_path / "run"), "--json").stdout)
+    evaluated = json.loads(dcq("eval", str(tmp_path / "run"), "--json", cwd=tmp_path).stdout)
+    assert evaluated["test_top1"] == report["student"]["top1"]
+    assert "small" in dcq("ls", str(tmp_path)).stdout
+    assert "succeeded" in dcq("status", str(tmp_path / "run")).stdout
+    again = dcq("run", job_path, "--address", "none", "--log-format", "json", "--max-drop", "100")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["student"] == report["student"]
+    assert all(json.loads(line) for line in again.stderr.splitlines())
+    teacher = json.loads(dcq("teacher", job_path, "--log-format", "json").stdout)
+    assert teacher["test_top1"] == report["teacher"]["top1"]
+
+
+@pytest.mark.slow
+def test_the_gate_exits_3_every_time_and_publishes_nothing(job_path: str, tmp_path: Path) -> None:
+    options = ("--address", "none", "--max-drop", "0", "--set", "train.epochs=0", "--publish", str(tmp_path / "shop"))
+    for _ in range(2):
+        done = dcq("run", job_path, *options)
+        assert done.returncode == 3, done.stderr
+        assert "the gate allows 0" in done.stderr
+    assert not (tmp_path / "shop").exists()
+    done = dcq("run", job_path, "--address", "none", "--max-drop", "100", "--publish", str(tmp_path / "shop"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "shop" / "student.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_rival_goes_beside_the_run(job_path: str, tmp_path: Path) -> None:
+    done = dcq("run", job_path, "--address", "none", "--baseline")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["baseline"]["method"] == "dorefa"
+    assert len(report["baseline"]["tried_lrs"]) == 3
+    assert report["baseline"]["num_sample_passes"] == 3 * 320
+    assert "end-to-end dorefa" in done.stdout
+
+
+@pytest.mark.slow
+def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    done = dcq("plan", job_path, "--json", "--set", "sections={count: 2}")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+    assert len(made["plan"]["sections"]) == 2
+    cuts = [boundary["cut"] for boundary in made["plan"]["boundaries"][1:-1]]
+    pinned = dcq("plan", job_path, "--json", "--set", f"sections={{cuts: {json.dumps(cuts)}}}")
+    again = json.loads(pinned.stdout)["plan"]["boundaries"]
+    assert [boundary["digest"] for boundary in again] == [boundary["digest"] for boundary in made["plan"]["boundaries"]]
+    text = dcq("plan", job_path).stdout
+    assert "bytes on disk" in text
+    assert "to pin these sections" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["run"], 2, "Missing argument"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (["run", "JOB", "--set", "train.lrr=1"], 2, "did you mean"),
+        (["run", "JOB", "--set", "train.lr=-1", "--set", "train.epochs=-2"], 2, "2 mistakes"),
+        (["plan", "JOB", "--set", "teacher.fit=null", "--set", "teacher.weights=no.pt"], 1, "no.pt"),
+        (["report", "nowhere"], 1, "no report.json"),
+        (["status", "nowhere"], 1, "no status.json"),
+        (["eval", "nowhere"], 1, "job.yaml"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_mistakes_end_in_one_paragraph_and_the_right_code(
+    job_path: str, tmp_path: Path, arguments: list[str], code: int, told: str
+) -> None:
+    done = dcq(*[job_path if argument == "JOB" else argument for argument in arguments], cwd=tmp_path)
+    assert done.returncode == code
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert one_paragraph(done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
+    assert "Traceback" in dcq("report", str(tmp_path), "--debug").stderr
+
+
+@pytest.mark.slow
+def test_a_busy_run_directory_exits_75(job_path: str, tmp_path: Path) -> None:
+    with hold_run(open_store(str(tmp_path / "run")), owner="the night shift"):
+        done = dcq("run", job_path, "--address", "none")
+    assert done.returncode == 75
+    assert "the night shift" in done.stderr
+    assert one_paragraph(done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_runs_say_how_to_resume_and_resume(
+    job_path: str, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "dcq_ray", "run", job_path, "--address", "none", "--set", "train.epochs=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    deadline = time.monotonic() + 120
+    status = tmp_path / "run" / "status.json"
+    while time.monotonic() < deadline and not (status.exists() and '"train"' in status.read_text()):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "run the same command again to resume" in stderr
+    assert json.loads(status.read_text())["status"] == "interrupted"
+    assert dcq("run", job_path, "--address", "none").returncode == 0
+
+
+def test_the_schema_is_json() -> None:
+    assert "properties" in json.loads(dcq("schema").stdout)

@@ -1,0 +1,224 @@
+"""Reports in words, tables and as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from dcq_ray.records import (
+    BaselineReport,
+    LossPoint,
+    PhaseCpuSeconds,
+    RunReport,
+    SectionFailure,
+    SectionReport,
+    StudentReport,
+    TeacherReport,
+    Timings,
+    ValidationReport,
+    from_json,
+)
+from dcq_ray.report import compare_reports, print_report, report_html, report_json
+from dcq_ray.report.words import size, verdict
+
+
+def section(index: int, **values: object) -> SectionReport:
+    curve = tuple(LossPoint(step=step, loss=1 / step) for step in (1, 10, 100))
+    fields: dict[str, object] = {
+        "index": index,
+        "modules": (f"conv{index}", f"relu{index}"),
+        "num_parameters": 1000 * (index + 1),
+        "bits": 1.0,
+        "initial_loss": 1.0,
+        "final_loss": 0.01,
+        "relative_error": 0.1,
+        "top1_alone": 0.97,
+        "agreement_alone": 0.98,
+        "seconds": 3.0,
+        "cpu_seconds": 2.9,
+        "device": "cpu",
+        "restarts": 0,
+        "loss_curve": curve,
+        "num_bytes_packed": 200,
+    }
+    return SectionReport(**{**fields, **values})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def report() -> RunReport:
+    return RunReport(
+        name="<script>alert(1)</script>",
+        status="succeeded",
+        run_digest="0" * 64,
+        teacher=TeacherReport(model="dcq_ray:lenet", top1=0.98, sha256="1" * 64, num_bytes=29_000),
+        student=StudentReport(top1=0.96, sha256="2" * 64, num_bytes_packed=1000, bits=1.0),
+        untrained_top1=0.4,
+        baseline=BaselineReport(
+            method="dorefa",
+            top1=0.92,
+            cpu_seconds=5.0,
+            lr=0.001,
+            held_out_top1=0.9,
+            tried_lrs=(0.001, 0.01),
+            num_sample_passes=100,
+            seconds=9.0,
+        ),
+        gap_closed=0.6667,
+        sections=tuple(section(index) for index in range(3)),
+        failures=(),
+        validation=ValidationReport(
+            num_samples=200,
+            top1=0.95,
+            top5=1.0,
+            agreement_with_teacher=0.96,
+            boundary_errors=(0.1, 0.2, 0.3),
+            teacher_top1=0.97,
+            metric=None,
+            teacher_metric=None,
+        ),
+        timings=Timings(
+            dump_seconds=1.0,
+            train_seconds=2.0,
+            reduce_seconds=3.0,
+            total_seconds=6.5,
+            makespan_lower_bound_seconds=1.5,
+            cpu_seconds=PhaseCpuSeconds(teacher=1.0, dump=1.0, train=2.0, reduce=0.5),
+        ),
+        notes=("A note & more.",),
+        versions={"torch": "2.15"},
+        started_at="2026-01-01T00:00:00+00:00",
+        num_test_samples=360,
+        max_drop=None,
+    )
+
+
+def unlabelled(report: RunReport) -> RunReport:
+    assert report.student is not None
+    assert report.validation is not None
+    return dataclasses.replace(
+        report,
+        teacher=dataclasses.replace(report.teacher, top1=None),
+        student=dataclasses.replace(report.student, top1=None),
+        untrained_top1=None,
+        baseline=None,
+        gap_closed=None,
+        sections=tuple(section(index, top1_alone=None) for index in range(3)),
+        validation=dataclasses.replace(report.validation, top1=None, top5=None, teacher_top1=None),
+    )
+
+
+def failed(report: RunReport) -> RunReport:
+    failure = SectionFailure(index=2, error_type="E", message="section 2: the loss is nan", traceback="")
+    return dataclasses.replace(
+        report,
+        status="failed",
+        student=None,
+        validation=None,
+        gap_closed=None,
+        sections=report.sections[:2],
+        failures=(failure,),
+    )
+
+
+def printed(report: RunReport, width: int = 80) -> str:
+    stream = io.StringIO()
+    print_report(report, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_verdict_by_hand(report: RunReport) -> None:
+    expected = "The student scores 96.0 % top-1 on 360 test images, the teacher 98.0 % (-2.0 points), in 1/29 of the bytes (1000 B packed)."
+    assert verdict(report) == expected
+    assert "agrees with the teacher on 96.0 % of 200 held-out images" in verdict(unlabelled(report))
+    assert verdict(failed(report)) == "The run failed in section 2; what was finished is kept."
+
+
+def test_sizes_by_hand() -> None:
+    assert [size(value) for value in (1, 1023, 1024, 1536, 3 * 2**20)] == [
+        "1 B",
+        "1023 B",
+        "1.0 KiB",
+        "1.5 KiB",
+        "3.0 MiB",
+    ]
+
+
+@pytest.mark.parametrize("width", [70, 80, 140])
+def test_tables_fit_and_say_what_matters(report: RunReport, width: int) -> None:
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    for part in ("98.0 %", "40.0 %", "92.0 %", "66.7 %", "conv1 … relu1"):
+        assert part in text.replace("\n", " ")
+    assert "\x1b" not in text
+    assert "section 2: the loss is nan" in " ".join(printed(failed(report), 140).split())
+
+
+@pytest.mark.parametrize("change", [lambda report: report, unlabelled, failed])
+def test_nothing_absent_is_printed_as_none(report: RunReport, change: object) -> None:
+    changed = change(report)  # type: ignore[operator]
+    assert "None" not in printed(changed)
+    assert "None" not in report_html(changed)
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.labels: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br", "link", "img", "use", "path"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href") and value and not value.startswith("#"):
+                self.addresses.append(value)
+            if name == "aria-label" and value:
+                self.labels.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+
+@pytest.mark.parametrize("change", [lambda report: report, unlabelled, failed])
+def test_the_page_stands_alone_and_escapes_what_users_wrote(report: RunReport, change: object) -> None:
+    content = report_html(change(report))  # type: ignore[operator]
+    page = Page()
+    page.feed(content)
+    assert page.addresses == []
+    assert page.open == []
+    assert "script" not in page.tags
+    assert {"main", "header", "h1", "table", "caption"} <= set(page.tags)
+    assert page.tags.count("svg") == len(page.labels) == 3
+    assert not re.search(r"url\((?!#|&quot;#)", content)
+    assert "prefers-color-scheme: dark" in content
+
+
+def test_the_page_is_the_same_for_the_same_report(report: RunReport) -> None:
+    assert report_html(report) == report_html(report)
+
+
+def test_json_comes_back(report: RunReport) -> None:
+    assert from_json(RunReport, report_json(report).encode()) == report
+    assert json.loads(report_json(report))["gap_closed"] == 0.6667
+
+
+def test_several_runs_side_by_side(report: RunReport) -> None:
+    stream = io.StringIO()
+    compare_reports([report, failed(report), unlabelled(report)], Console(file=stream, width=140))
+    assert stream.getvalue().count("alert(1)") == 3
+    assert "failed" in stream.getvalue()

@@ -1,0 +1,199 @@
+"""Shards: bit-exact, in order, and never trusted when damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dcq_ray.errors import ShardError
+from dcq_ray.records import ShardManifest
+from dcq_ray.shards import (
+    commit_manifest,
+    finished_shards,
+    load_manifest,
+    open_boundary,
+    sample_order,
+    samples_per_shard,
+    write_shard,
+)
+from dcq_ray.storage import Store, open_store
+
+DIGEST = "d" * 64
+
+
+def write_boundary(
+    store: Store, array: NDArray[Any], *, size: int = 4, dtype: str = "float32", compression: str = "none"
+) -> ShardManifest:
+    shards = [
+        write_shard(
+            store, index=index, array=array[start : start + size], dtype=dtype, compression=compression, digest=DIGEST
+        )
+        for index, start in enumerate(range(0, len(array), size))
+    ]
+    manifest = ShardManifest(
+        digest=DIGEST,
+        cut="conv1",
+        shape=array.shape[1:],
+        dtype=dtype,
+        compression=compression,
+        num_samples=len(array),
+        samples_per_shard=size,
+        shards=tuple(shards),
+    )
+    commit_manifest(store, manifest)
+    return manifest
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_samples=st.integers(1, 11),
+    shape=st.lists(st.integers(1, 4), max_size=3).map(tuple),
+    dtype=st.sampled_from(["float16", "float32"]),
+    compression=st.sampled_from(["none", "zstd"]),
+    data=st.data(),
+)
+def test_what_is_written_is_read_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    num_samples: int,
+    shape: tuple[int, ...],
+    dtype: str,
+    compression: str,
+    data: st.DataObject,
+) -> None:
+    store = open_store(str(tmp_path_factory.mktemp("boundary")))
+    array = np.random.default_rng(num_samples).normal(size=(num_samples, *shape)).astype(np.float32)
+    written = write_boundary(store, array, dtype=dtype, compression=compression)
+    manifest = load_manifest(store, digest=DIGEST)
+    assert manifest == written
+    positions = np.array(data.draw(st.lists(st.integers(0, num_samples - 1), max_size=20)), np.int64)
+    with open_boundary(store, manifest) as reader:
+        rows = reader.read(positions)
+    assert rows.dtype == np.dtype(dtype)
+    assert np.array_equal(rows, array.astype(dtype)[positions])
+    rows += 1  # fresh and writable
+
+
+def test_an_array_in_another_layout_is_stored_rightly(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    array = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32).transpose(0, 3, 1, 2)
+    assert not array.flags.c_contiguous
+    with open_boundary(store, write_boundary(store, array)) as reader:
+        assert np.array_equal(reader.read(np.arange(4)), array)
+
+
+def test_the_same_array_gives_the_same_bytes(tmp_path: Path) -> None:
+    array = np.ones((4, 2), np.float32)
+    one, other = (write_boundary(open_store(str(tmp_path / name)), array) for name in "ab")
+    assert one == other
+
+
+def test_sidecars_let_a_dump_go_on_and_disappear_with_the_manifest(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    first = write_shard(
+        store, index=0, array=np.ones((2, 2), np.float32), dtype="float32", compression="none", digest=DIGEST
+    )
+    write_shard(store, index=1, array=np.ones((2, 2), np.float32), dtype="float32", compression="none", digest=DIGEST)
+    (tmp_path / "shard-00001.arrow").write_bytes(b"short")
+    assert finished_shards(store) == {0: first}
+    assert load_manifest(store, digest=DIGEST) is None
+    write_boundary(store, np.ones((4, 2), np.float32))
+    assert finished_shards(store) == {}
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_shard_is_noticed_and_named(tmp_path: Path, place: float, damage: str) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_boundary(store, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
+    path = tmp_path / "shard-00001.arrow"
+    content = bytearray(path.read_bytes())
+    at = int(place * (len(content) - 1))
+    if damage == "flip":
+        content[at] ^= 0x10
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[:at])
+    with pytest.raises(ShardError, match=r"shard-00001\.arrow"):
+        load_manifest(store, digest=DIGEST)
+        open_boundary(store, manifest)
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.5, 0.8])
+def test_a_damaged_manifest_is_noticed(tmp_path: Path, place: float) -> None:
+    store = open_store(str(tmp_path))
+    write_boundary(store, np.ones((8, 5), np.float32))
+    path = tmp_path / "manifest.json"
+    text = path.read_text()
+    at = next(index for index in range(int(place * len(text)), len(text)) if text[index].isalnum())
+    path.write_text(text[:at] + ("1" if text[at] != "1" else "2") + text[at + 1 :])
+    with pytest.raises(ShardError, match=r"manifest\.json"):
+        load_manifest(store, digest=DIGEST)
+
+
+def test_swapped_missing_and_foreign_shards_are_noticed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_boundary(store, np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32))
+    with pytest.raises(ShardError, match="expected eeee"):
+        load_manifest(store, digest="e" * 64)
+    one, other = tmp_path / "shard-00000.arrow", tmp_path / "shard-00001.arrow"
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    with pytest.raises(ShardError, match=r"shard-00000\.arrow"):
+        open_boundary(store, manifest)
+    with pytest.raises(ShardError, match="another boundary, or of another place"):
+        open_boundary(store, manifest, verify=False)
+    other.unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        load_manifest(store, digest=DIGEST)
+
+
+def test_values_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+
+    def write(values: list[float], dtype: str) -> None:
+        array = np.array(values, np.float32).reshape(-1, 1)
+        write_shard(store, index=0, array=array, dtype=dtype, compression="none", digest=DIGEST)
+
+    with pytest.raises(ShardError, match="magnitude 70000 does not fit float16"):
+        write([1, -70000], "float16")
+    with pytest.raises(ShardError, match=r"2 of 3 samples .* first is sample 1"):
+        write([1, float("nan"), float("inf")], "float32")
+    with pytest.raises(ShardError, match="at least one sample"):
+        write([], "float32")
+    write([70000], "float32")
+
+
+def test_positions_outside_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with open_boundary(store, write_boundary(store, np.ones((5, 2), np.float32))) as reader:
+        for positions in ([-1], [5]):
+            with pytest.raises(IndexError):
+                reader.read(np.array(positions))
+
+
+def test_shards_hold_whole_batches() -> None:
+    assert [samples_per_shard(size) for size in (1, 100, 128, 1024, 3000)] == [1024, 1000, 1024, 1024, 3000]
+
+
+@given(num_samples=st.integers(0, 300), window=st.integers(1, 100), seed=st.integers(0, 2**40))
+def test_order_is_a_permutation_that_keeps_windows(num_samples: int, window: int, seed: int) -> None:
+    order = sample_order(num_samples, window=window, seed=seed, section=1, epoch=2)
+    assert sorted(order) == list(range(num_samples))
+    assert (np.diff(order // window) >= 0).all()
+
+
+def test_order_depends_on_seed_section_and_epoch_and_never_changes() -> None:
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    orders = {tuple(sample_order(50, window=50, seed=a, section=b, epoch=c)) for a, b, c in keys}
+    assert len(orders) == 4
+    assert sample_order(8, window=4, seed=1, section=2, epoch=3).tolist() == GOLDEN
+
+
+GOLDEN = [2, 1, 3, 0, 7, 6, 4, 5]
