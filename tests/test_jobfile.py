@@ -201,6 +201,9 @@ def test_byte_order_mark_and_windows_line_ends() -> None:
         ("data.normalize", {"mean": ["1e-1"], "std": ["1"]}, None),
         ("data.download", "false", False),
         ("reduce.reestimate_batchnorm", "Yes", True),
+        ("reduce.reestimate_batchnorm", "on", True),
+        ("reduce.reestimate_batchnorm", "off", False),
+        ("seed", "9007199254740993", 2**53 + 1),
         ("quantize.overrides", {"a.*": {"bits": "4"}}, None),
     ],
 )
@@ -589,9 +592,10 @@ def test_keys_that_are_no_text() -> None:
         "line 4: the key true is a flag (to YAML, on, off, yes and no are flags), expected text; put it in quotes",
         "line 5: a key is a list or a mapping, expected text; put it in quotes",
     ]
-    assert mistakes({**SMALL, 1: 2, None: 3}) == [
+    assert mistakes({**SMALL, 1: 2, None: 3, "seed": -1}) == [
         "the key 1 is a number, expected text; put it in quotes",
         "the key null is nothing, expected text; put it in quotes",
+        "seed: got -1, expected a whole number from 0 to 9223372036854775807",
     ]
 
 
@@ -893,6 +897,21 @@ def test_anchors_of_anchors_cannot_fill_the_memory() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     assert "more than 100,000 values" in paragraph("\n".join(lines).encode())
+
+
+def test_deepest_document() -> None:
+    def nested(depth: int) -> Any:
+        return {"x": nested(depth - 1)} if depth else 0
+
+    assert resolved(("teacher.args", nested(38))).teacher.args == nested(38)  # below teacher and args
+    with pytest.raises(JobError, match="nested more than 40 deep"):
+        resolved(("teacher.args", nested(39)))
+
+
+def test_largest_file(tmp_path: Path) -> None:
+    content = EXAMPLE_JOB.encode()
+    (tmp_path / "a.yaml").write_bytes(content + b"#" * ((1 << 20) - len(content)))
+    assert load_job(str(tmp_path / "a.yaml"), environment={}).name == "digits-w1"
 
 
 def test_documents_that_hold_themselves() -> None:

@@ -119,9 +119,13 @@ def test_a_damaged_shard_is_noticed_and_named(tmp_path: Path, place: float, dama
         path.write_bytes(content)
     else:
         path.write_bytes(content[:at])
-    with pytest.raises(ShardError, match=r"shard-00001\.arrow"):
+
+    def read() -> None:
         load_manifest(store, digest=DIGEST)
         open_boundary(store, manifest)
+
+    with pytest.raises(ShardError, match=r"shard-00001\.arrow"):
+        read()
 
 
 @pytest.mark.parametrize("place", [0.05, 0.3, 0.5, 0.8])

@@ -10,17 +10,16 @@ from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.gate import accuracy_drop, check_gate
 from dcq_ray.phases.local import run_local, section_done, section_failure
+from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_section, measure_untrained, measured_section
+from dcq_ray.phases.reporting import report_failure, report_success
 from dcq_ray.phases.session import (
     RunSession,
     keep_baseline,
     kept_baseline,
-    open_run,
     read_report,
-    report_failure,
-    report_success,
     with_baseline,
     write_report,
 )

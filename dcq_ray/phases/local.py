@@ -11,8 +11,10 @@ import torch
 from dcq_ray.errors import DcqError, RunInterrupted, StaleRunError
 from dcq_ray.phases.context import Emit, Network, choose_device, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
+from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.reduce import finish, measure_section, measure_untrained, measured_section
-from dcq_ray.phases.session import RunSession, open_run, report_failure, report_success
+from dcq_ray.phases.reporting import report_failure, report_success
+from dcq_ray.phases.session import RunSession
 from dcq_ray.phases.train import activation_memory_bytes, train_section
 from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
 from dcq_ray.spec import Job

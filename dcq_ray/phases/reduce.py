@@ -41,6 +41,7 @@ from dcq_ray.validate import agreement, boundary_errors, predict, top_k
 # Statistics over so many images times their positions are exact enough; more would cost a pass over the train part.
 MAX_BATCHNORM_SAMPLES = 5120
 MEASUREMENT_FILE = "measurement.json"
+SCORES_FILE = "test-scores.json"
 STUDENT_FILE = "student.safetensors"
 
 
@@ -132,7 +133,7 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
     torch.set_num_threads(context.job.train.num_threads)
     key = test_key(context, splits)
     store = open_store(context.run_dir)
-    content = store.read_bytes_or_none("test-scores.json")
+    content = store.read_bytes_or_none(SCORES_FILE)
     if content is not None:
         try:
             found = from_json(TestScores, content)
@@ -150,7 +151,7 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
         adapt_batchnorm(context, untrained, splits.train, device)
         untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
     scores = TestScores(key=key, teacher_top1=teacher_top1, untrained_top1=untrained_top1)
-    store.write_bytes("test-scores.json", to_json(scores))
+    store.write_bytes(SCORES_FILE, to_json(scores))
     return scores
 
 

@@ -15,7 +15,7 @@ STYLE = """
   :root { --ink: #e7eaed; --soft: #a2abb4; --paper: #15181b; --line: #363c42; --accent: #56b4e9; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 .verdict { font-size: 1.15rem; border-left: 4px solid var(--accent); padding-left: .9rem; margin: 1rem 0 1.5rem; }

@@ -64,7 +64,7 @@ def error_plot(report: RunReport) -> str:
     axes.set_xticks(numbers)
     axes.set_xlabel("section")
     axes.set_ylabel("relative error")
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return _svg(figure)
 
 
@@ -90,7 +90,7 @@ def size_plot(report: RunReport) -> str:
     axes.set_xticks(numbers)
     axes.set_xlabel("section")
     axes.set_ylabel("KiB")
-    axes.legend(frameon=False, labelcolor=INK)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return _svg(figure)
 
 

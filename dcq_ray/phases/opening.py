@@ -1,0 +1,169 @@
+"""Opening a run: the lock on its directory, the preparation, and what an earlier run of the directory finished."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from dcq_ray.errors import DcqError, RunInterrupted
+from dcq_ray.jobfile import job_yaml
+from dcq_ray.phases.context import Emit
+from dcq_ray.phases.dump import lease_boundaries, release_boundaries
+from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
+from dcq_ray.phases.reduce import SCORES_FILE, STUDENT_FILE
+from dcq_ray.phases.reporting import draft_report
+from dcq_ray.phases.session import (
+    BASELINE_FILE,
+    DUMP_FILE,
+    REPORT_FILE,
+    RunSession,
+    read_report,
+    run_digest,
+    write_report,
+)
+from dcq_ray.phases.status import STATUS_FILE, StatusFile
+from dcq_ray.phases.train import finished_section, section_tasks
+from dcq_ray.records import (
+    PartitionPlan,
+    Progress,
+    RunContext,
+    RunReport,
+    RunStatus,
+    SectionTask,
+    from_json,
+    to_json,
+)
+from dcq_ray.spec import Job
+from dcq_ray.storage import Store, hold_run, open_store
+
+PLAN_FILE = "plan.json"
+JOB_FILE = "job.yaml"
+
+
+@contextlib.contextmanager
+def open_run(
+    job: Job,
+    job_folder: str,
+    *,
+    device: torch.device,
+    emit: Emit,
+    owner: str,
+    fresh: bool = False,
+    reporting: bool = True,
+) -> Iterator[RunSession]:
+    """Hold a run directory, prepare its job, and find what an earlier run finished.
+
+    Args:
+        owner: who holds it, as another driver is told.
+        fresh: start over: forget what an earlier run of this directory finished (the cache stays).
+        reporting: False for a rival, which only adds its row to the report that is there.
+
+    Raises:
+        RunBusyError: another live driver holds the directory.
+    """
+    started = time.monotonic()
+    store = open_store(job.storage.run_dir)
+    with hold_run(store, owner=owner) as epoch:
+        if fresh:
+            clear_run(store)
+        status = StatusFile(store, job.name)
+
+        def tell(progress: Progress) -> None:
+            status.update(progress)
+            emit(progress)
+
+        try:
+            prepared = prepare(job, job_folder, device=device, emit=tell, earlier=_earlier_plan(store))
+            context = RunContext(
+                job=job,
+                job_folder=job_folder,
+                run_dir=store.uri,
+                cache_dir=open_store(job.storage.cache_dir).uri,
+                plan=prepared.plan,
+                epoch=epoch,
+                device=device.type,
+            )
+            tasks = section_tasks(context)
+            found = {task.index: finished_section(context, task) for task in tasks}
+            session = RunSession(
+                context=context,
+                prepared=prepared,
+                tasks=tasks,
+                results={index: result for index, result in found.items() if result is not None},
+                finished_report=_finished_report(context, prepared, tasks, store),
+                store=store,
+                emit=tell,
+                started=started,
+                started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            )
+            store.write_bytes(JOB_FILE, job_yaml(job).encode())
+            store.write_bytes(PLAN_FILE, to_json(prepared.plan))
+            tell(prepared_progress(prepared))
+            for index in session.results:
+                tell(Progress(phase="train", index=index, state="reused", detail="trained by an earlier run"))
+            if reporting and session.finished_report is None:
+                lease_boundaries(context)
+                write_report(session, draft_report(session, status="running"))
+            yield session
+            release_boundaries(context)
+            status.close("succeeded")
+        except (KeyboardInterrupt, RunInterrupted):
+            status.close("interrupted", "run the same command again to resume")
+            _mark(store, "interrupted")
+            raise
+        except DcqError as error:
+            status.close("failed", str(error))
+            _mark(store, "failed")
+            raise
+
+
+def clear_run(store: Store) -> None:
+    """Remove what earlier runs left in a run directory, and nothing else."""
+    for name in (
+        REPORT_FILE,
+        "report.html",
+        PLAN_FILE,
+        JOB_FILE,
+        DUMP_FILE,
+        BASELINE_FILE,
+        STUDENT_FILE,
+        SCORES_FILE,
+        STATUS_FILE,
+    ):
+        if store.exists(name):
+            store.delete(name)
+    store.child("sections").delete_tree()
+
+
+def _finished_report(
+    context: RunContext, prepared: Prepared, tasks: Sequence[SectionTask], store: Store
+) -> RunReport | None:
+    report = read_report(store)
+    if report is None or report.status != "succeeded" or not store.exists(STUDENT_FILE):
+        return None
+    if report.run_digest != run_digest(context, prepared, tasks):
+        return None
+    return replace(report, max_drop=context.job.reduce.max_drop)
+
+
+def _earlier_plan(store: Store) -> PartitionPlan | None:
+    content = store.read_bytes_or_none(PLAN_FILE)
+    if content is None:
+        return None
+    try:
+        return from_json(PartitionPlan, content)
+    except ValueError:
+        return None
+
+
+def _mark(store: Store, status: RunStatus) -> None:
+    """Say in the report that the run ended; a report that sections failed, or of a finished run, stays."""
+    with contextlib.suppress(DcqError):
+        report = read_report(store)
+        if report is not None and report.status == "running":
+            store.write_bytes(REPORT_FILE, to_json(replace(report, status=status)))

@@ -1,0 +1,181 @@
+"""What a driver reports of its run: success with all figures, or the sections that failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dcq_ray.digests import library_versions
+from dcq_ray.errors import SectionTrainingError
+from dcq_ray.phases.predict import makespan_lower_bound
+from dcq_ray.phases.reduce import Finished, TestScores
+from dcq_ray.phases.session import RunSession, kept_baseline, run_digest, with_baseline, write_report
+from dcq_ray.records import (
+    PhaseCpuSeconds,
+    RunReport,
+    RunStatus,
+    SectionFailure,
+    SectionMeasurement,
+    SectionPlan,
+    SectionReport,
+    SectionResult,
+    StudentReport,
+    TeacherReport,
+    Timings,
+)
+
+
+def report_success(
+    session: RunSession,
+    results: Sequence[SectionResult],
+    measurements: Sequence[SectionMeasurement],
+    scores: TestScores,
+    finished: Finished,
+    *,
+    num_workers: int,
+    train_seconds: float,
+) -> RunReport:
+    """Write and return the report of a finished run."""
+    plan = session.context.plan
+    quantized = [layer for layer in plan.layers if layer.bits < 32]
+    num_weights = sum(layer.num_weights for layer in quantized)
+    student = StudentReport(
+        top1=finished.test_top1,
+        sha256=finished.student_sha256,
+        num_bytes_packed=finished.student_num_bytes_packed,
+        bits=sum(layer.num_weights * layer.bits for layer in quantized) / num_weights if num_weights else 32.0,
+    )
+    cost = session.dump_cost()
+    bound = (
+        makespan_lower_bound([result.cpu_seconds for result in results], num_workers) + cost.cpu_seconds / num_workers
+    )
+    baseline = kept_baseline(session)
+    timings = Timings(
+        dump_seconds=cost.seconds,
+        train_seconds=train_seconds,
+        reduce_seconds=finished.seconds,
+        total_seconds=time.monotonic() - session.started,
+        makespan_lower_bound_seconds=bound,
+        cpu_seconds=PhaseCpuSeconds(
+            teacher=session.prepared.teacher_cpu_seconds,
+            dump=cost.cpu_seconds,
+            train=sum(result.cpu_seconds for result in results),
+            reduce=finished.cpu_seconds,
+        ),
+    )
+    report = replace(
+        draft_report(session, status="succeeded", results=results, measurements=measurements),
+        teacher=_teacher_report(session, scores.teacher_top1),
+        student=student,
+        untrained_top1=scores.untrained_top1,
+        validation=finished.validation,
+        timings=timings,
+    )
+    report = with_baseline(report, baseline)
+    write_report(session, report)
+    return report
+
+
+def report_failure(
+    session: RunSession, results: Sequence[SectionResult], failures: Sequence[SectionFailure]
+) -> SectionTrainingError:
+    """Write the report of a run in which sections failed, and return the error to raise, which names them all."""
+    report = replace(draft_report(session, status="failed", results=results), failures=tuple(failures))
+    write_report(session, report)
+    told = "; ".join(failure.message for failure in failures)
+    kept = f"; the other {len(results)} sections are kept" if results else ""
+    return SectionTrainingError(
+        f"{len(failures)} of {len(session.tasks)} sections failed: {told}{kept}; run the same command again to train only "
+        "what is missing"
+    )
+
+
+def draft_report(
+    session: RunSession,
+    *,
+    status: RunStatus,
+    results: Sequence[SectionResult] = (),
+    measurements: Sequence[SectionMeasurement] = (),
+) -> RunReport:
+    by_index = {result.index: result for result in results}
+    measured = {measurement.index: measurement for measurement in measurements}
+    plan, splits = session.context.plan, session.prepared.splits
+    return RunReport(
+        name=session.context.job.name,
+        status=status,
+        run_digest=run_digest(session.context, session.prepared, session.tasks),
+        teacher=_teacher_report(session, None),
+        student=None,
+        untrained_top1=None,
+        baseline=None,
+        gap_closed=None,
+        sections=tuple(
+            _section_report(section, by_index[section.index], measured.get(section.index))
+            for section in plan.sections
+            if section.index in by_index
+        ),
+        failures=(),
+        validation=None,
+        timings=Timings(
+            dump_seconds=0.0,
+            train_seconds=0.0,
+            reduce_seconds=0.0,
+            total_seconds=time.monotonic() - session.started,
+            makespan_lower_bound_seconds=0.0,
+            cpu_seconds=PhaseCpuSeconds(),
+        ),
+        notes=_notes(session),
+        versions=library_versions(),
+        started_at=session.started_at,
+        num_test_samples=0 if splits.test is None else len(splits.test),
+        max_drop=session.context.job.reduce.max_drop,
+    )
+
+
+def _teacher_report(session: RunSession, top1: float | None) -> TeacherReport:
+    teacher = session.prepared.teacher
+    return TeacherReport(model=teacher.model, top1=top1, sha256=teacher.sha256, num_bytes=teacher.num_bytes)
+
+
+def _section_report(
+    section: SectionPlan, result: SectionResult, measurement: SectionMeasurement | None
+) -> SectionReport:
+    return SectionReport(
+        index=section.index,
+        modules=section.modules,
+        num_parameters=section.num_parameters,
+        bits=section.bits,
+        initial_loss=result.initial_loss,
+        final_loss=result.final_loss,
+        relative_error=None if measurement is None else measurement.relative_error,
+        top1_alone=None if measurement is None else measurement.top1_alone,
+        agreement_alone=None if measurement is None else measurement.agreement_alone,
+        seconds=result.seconds,
+        cpu_seconds=result.cpu_seconds,
+        device=result.device,
+        restarts=result.restarts,
+        loss_curve=result.loss_curve,
+        num_bytes_packed=_packed_bytes(section),
+    )
+
+
+def _packed_bytes(section: SectionPlan) -> int:
+    quantized = [layer for layer in section.layers if layer.bits < 32]
+    packed = sum(-(-layer.num_weights * layer.bits // 8) + 4 for layer in quantized)
+    return packed + 4 * (section.num_parameters - sum(layer.num_weights for layer in quantized))
+
+
+def _notes(session: RunSession) -> tuple[str, ...]:
+    plan, splits = session.context.plan, session.prepared.splits
+    notes = []
+    if splits.held_out.labels is None:
+        notes.append("The held-out images have no labels: agreement with the teacher stands in for accuracy.")
+    if splits.test is None:
+        notes.append("There is no test set: accuracy on test images is not given.")
+    elif splits.test.labels is None:
+        notes.append("The test images have no labels: accuracy on test images is not given.")
+    if plan.unquantized_parameters:
+        names = ", ".join(plan.unquantized_parameters[:5])
+        notes.append(f"Not quantized, since not the weight of a Conv or Linear layer: {names}.")
+    return tuple(notes)

@@ -1,0 +1,13 @@
+"""The phases as Ray tasks and actors: the only package that knows Ray.
+
+The dump is tasks over slices of the data; every section is a `SectionWorker` actor of its own, started longest first and
+freed as soon as it ends; the `Reducer` actor takes results as they come and measures each in a short task, so that it holds
+no GPU while sections need it. What travels is the `RunContext` and records; weights, images and activations are opened from
+files by who needs them.
+"""
+
+from dcq_ray.remote.cluster import Share, answers, connected, section_share
+from dcq_ray.remote.driver import run_remote
+from dcq_ray.remote.workers import Reducer, SectionWorker
+
+__all__ = ["Reducer", "SectionWorker", "Share", "answers", "connected", "run_remote", "section_share"]

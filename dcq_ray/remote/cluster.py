@@ -1,0 +1,151 @@
+"""Joining or starting a Ray, and what each section gets of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from dcq_ray.errors import ClusterError
+from dcq_ray.spec import Job
+
+PROBE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What Ray reserves for one section, one dump task or one measurement, and how many fit at once."""
+
+    num_cpus: float
+    num_gpus: float
+    places: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+@contextlib.contextmanager
+def connected(address: str, *, environment: Mapping[str, str], log_to_driver: bool = False) -> Iterator[str]:
+    """Join or start a Ray, and leave it at the end; yields a phrase that says which.
+
+    Args:
+        address: `auto` joins the cluster that RAY_ADDRESS or this machine's running Ray names if it answers within two
+            seconds, else starts a local one; `local` always starts one; anything else is a cluster's address.
+
+    Raises:
+        ClusterError: the address that was asked for does not answer.
+    """
+    target = None if address == "local" else _find_cluster(address, environment)
+    # Ray warns of many things that are no concern of who quantizes a network; errors still reach the driver as exceptions.
+    quiet = {"logging_level": "ERROR", "log_to_driver": log_to_driver}
+    try:
+        if target is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+            phrase = "a local Ray"
+        else:
+            ray.init(address=target, **quiet)
+            phrase = f"the Ray cluster at {target}"
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        raise ClusterError(
+            f"Ray could not be {'started here' if target is None else f'joined at {target}'}: {error}; "
+            "run with --address none to do without Ray"
+        ) from error
+    try:
+        yield phrase
+    finally:
+        ray.shutdown()
+
+
+def _find_cluster(address: str, environment: Mapping[str, str]) -> str | None:
+    """The address of a cluster that answers, or None where `auto` finds none."""
+    if address != "auto":
+        if not answers(address, PROBE_SECONDS):
+            raise ClusterError(
+                f"--address {address}: no Ray answers there within {PROBE_SECONDS:g} s; is the cluster up, is the port the "
+                "GCS port (6379 unless told), or ray://HOST:10001 for the client port? Use --address local to start one here"
+            )
+        return address
+    candidates = [environment.get("RAY_ADDRESS"), _address_file(environment)]
+    for candidate in candidates:
+        # A Ray job's own address may be "auto": the file below then says what it means.
+        if candidate and candidate not in ("auto", "local") and answers(candidate, PROBE_SECONDS):
+            return candidate
+    return None
+
+
+def _address_file(environment: Mapping[str, str]) -> str | None:
+    path = os.path.join(environment.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip() or None
+    except OSError:
+        return None
+
+
+def answers(address: str, timeout_seconds: float) -> bool:
+    """Whether a Ray answers at HOST:PORT or ray://HOST:PORT; never waits longer than asked."""
+    client = address.startswith("ray://")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return False
+    deadline = time.monotonic() + timeout_seconds
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_seconds):
+            pass
+    except OSError:
+        return False
+    if client:
+        return True
+    alive = threading.Event()
+
+    def ask() -> None:
+        # Something else may listen on that port and never answer: this thread then waits alone.
+        with contextlib.suppress(Exception):
+            ray._raylet.GcsClient(address=address).internal_kv_get(b"ray", b"dcq", timeout=timeout_seconds)
+            alive.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    return alive.wait(max(0.0, deadline - time.monotonic()))
+
+
+def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> Share:
+    """What each section gets on nodes with these resources (`CPU`, `GPU`); raises ClusterError where none fits.
+
+    With `gpus_per_section: auto` the GPUs are dealt over the sections: one each at most, and below that a unit fraction, so
+    that a whole number of sections shares a card.
+    """
+    num_cpus = job.resources.cpus_per_section
+    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    asked = job.resources.gpus_per_section
+    if asked != "auto":
+        num_gpus = asked
+    elif total_gpus == 0:
+        num_gpus = 0.0
+    else:
+        num_gpus = min(1.0, 1.0 / -(-num_sections // int(total_gpus)))
+    places = 0
+    for node in nodes:
+        # The small number forgives sums such as 3 * (1 / 3).
+        fitting = int(node.get("CPU", 0.0) / num_cpus + 1e-6)
+        if num_gpus:
+            fitting = min(fitting, int(node.get("GPU", 0.0) / num_gpus + 1e-6))
+        places += fitting
+    if places == 0:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "no node"
+        raise ClusterError(
+            f"resources: a section asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs, but no node of the cluster has them "
+            f"({have}); lower resources.cpus_per_section or resources.gpus_per_section"
+        )
+    return Share(num_cpus=num_cpus, num_gpus=num_gpus, places=places)
+
+
+def node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,0 +1,156 @@
+"""What runs on a cluster's workers: tasks for slices and measurements, the `SectionWorker` and `Reducer` actors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from dcq_ray.callables import importable_from
+from dcq_ray.data import Splits
+from dcq_ray.errors import DcqError, StaleRunError
+from dcq_ray.phases import (
+    DumpedSlice,
+    Finished,
+    Network,
+    TestScores,
+    activation_memory_bytes,
+    choose_device,
+    dump_slices,
+    finish,
+    ignore_progress,
+    measure_section,
+    measure_untrained,
+    measured_section,
+    open_network,
+    open_splits,
+    section_failure,
+    train_section,
+)
+from dcq_ray.records import (
+    Boundary,
+    Progress,
+    RunContext,
+    SectionFailure,
+    SectionMeasurement,
+    SectionResult,
+    SectionTask,
+    to_json,
+)
+from dcq_ray.remote.cluster import Share
+
+# The last run that this worker process opened: Ray uses a process for many short tasks, and reading a data set takes
+# longer than most of them.
+_opened: dict[bytes, tuple[Network, Splits]] = {}
+
+
+def _open(context: RunContext) -> tuple[Network, Splits]:
+    key = to_json(context)
+    if key not in _opened:
+        _opened.clear()
+        torch.set_num_threads(context.job.train.num_threads)
+        _opened[key] = (open_network(context), open_splits(context))
+    return _opened[key]
+
+
+def _cuda_works() -> bool:
+    return torch.cuda.is_available()
+
+
+def _dump(context: RunContext, indices: Sequence[int], missing: Sequence[Boundary]) -> Iterator[DumpedSlice]:
+    network, splits = _open(context)
+    yield from dump_slices(context, network, splits, indices, missing)
+
+
+def _measure(context: RunContext, result: SectionResult) -> SectionMeasurement:
+    found = measured_section(context, result)
+    return found if found is not None else measure_section(context, result, *_open(context))
+
+
+def _untrained(context: RunContext) -> TestScores:
+    return measure_untrained(context, *_open(context))
+
+
+def _finish(context: RunContext, results: Sequence[SectionResult]) -> Finished:
+    return finish(context, results, *_open(context), emit=ignore_progress)
+
+
+class SectionWorker:
+    """Trains one section; answers how far it is while it trains."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._progress: Progress | None = None
+
+    def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
+        """The result of the task, or why it failed."""
+        context = self._context
+        importable_from(context.job_folder)
+        try:
+            needs_labels = (
+                context.job.train.last_loss == "cross-entropy" and task.index == len(context.plan.sections) - 1
+            )
+            return train_section(
+                context,
+                task,
+                open_network(context),
+                open_splits(context) if needs_labels else None,
+                emit=self._take,
+                memory_bytes=activation_memory_bytes(
+                    context.job, choose_device(context.device), num_at_once=num_at_once
+                ),
+                restarts=restarts,
+            )
+        except StaleRunError:
+            raise
+        except DcqError as error:
+            return section_failure(task, error)
+
+    def progress(self) -> Progress | None:
+        """The latest line of the training, or None before its first step."""
+        return self._progress
+
+    def _take(self, progress: Progress) -> None:
+        self._progress = progress
+
+
+class Reducer:
+    """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
+
+    def __init__(self, context: RunContext, share: Share) -> None:
+        self._context = context
+        self._measure = _measure_task.options(**share.options)
+        self._finish = _finish_task.options(**share.options)
+        self._scores = _untrained_task.options(**share.options)
+        self._measurements: list[Any] = []
+        self._untrained: Any = None
+
+    def take(self, result: SectionResult) -> None:
+        """Start to measure a finished section."""
+        self._measurements.append(self._measure.remote(self._context, result))
+
+    def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
+        """Wait for the measurements, stitch, validate, and write the student."""
+        untrained = self._scores.remote(self._context)
+        finished = self._finish.remote(self._context, results)
+        return tuple(ray.get(self._measurements)), ray.get(untrained), ray.get(finished)
+
+    def num_measured(self) -> int:
+        """How many sections are measured so far."""
+        done, _ = (
+            ray.wait(self._measurements, num_returns=len(self._measurements), timeout=0)
+            if self._measurements
+            else ([], [])
+        )
+        return len(done)
+
+
+cuda_task = ray.remote(_cuda_works)
+dump_task = ray.remote(_dump)
+_measure_task = ray.remote(_measure)
+_untrained_task = ray.remote(_untrained)
+_finish_task = ray.remote(_finish)
+SectionActor = ray.remote(SectionWorker)
+ReducerActor = ray.remote(Reducer)
