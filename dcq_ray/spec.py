@@ -38,7 +38,7 @@ class OptimizerSpec(SpecModel):
     """cosine: to zero at the last step; step: a tenth after one half and after three quarters of the steps."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD; Adam's first beta stays at its 0.9."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     batch_size: PositiveInt = 128
 
 
@@ -172,9 +172,9 @@ class ReduceSpec(SpecModel):
 class ResourcesSpec(SpecModel):
     """What Ray reserves for each section."""
 
-    gpus_per_section: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus_per_section: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     """auto: the cluster's GPUs over the sections, at most one each, a unit fraction below that; 0: CPU."""
-    cpus_per_section: Annotated[float, Field(gt=0)] = 1
+    cpus_per_section: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     memory_per_section: PositiveInt | Literal["auto"] = "auto"
     """Bytes; auto: the boundaries that the section keeps in memory, and its own needs."""
 

@@ -51,6 +51,35 @@ def test_ray_and_in_process_give_the_same_student(job_document: dict[str, Any], 
     assert "a local Ray" in said[0]
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cluster_with_fewer_places_than_sections_and_gpus_that_cuda_lacks(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    job_document["resources"] = {"gpus_per_section": 1}
+    local = run_local(job_of(job_document), str(tmp_path), emit=ignore_progress, owner="test")
+    # Ray schedules the GPUs that a node declares, there or not: placement is tested without one.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
+    try:
+        cluster.add_node(num_cpus=2, num_gpus=2)
+        said: list[str] = []
+        remote = run_remote(
+            job_of(job_document, run_dir=str(tmp_path / "ray-run")),
+            str(tmp_path),
+            address=cluster.address,
+            environment={},
+            emit=ignore_progress,
+            say=said.append,
+            owner="test",
+        )
+    finally:
+        cluster.shutdown()
+    assert said == [f"running on the Ray cluster at {cluster.address}: 2 sections at once on cpu"]
+    assert remote.student == local.student
+
+
 def job_with(document: dict[str, Any], gpus: float | str, cpus: float = 1) -> Job:
     document = copy.deepcopy(document)
     document["resources"] = {"gpus_per_section": gpus, "cpus_per_section": cpus}

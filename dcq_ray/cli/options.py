@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from dcq_ray.jobfile import load_job, resolve_job
+from dcq_ray.jobfile import load_job, parse_job
 from dcq_ray.spec import Job
 
 Command = Callable[..., Any]
@@ -40,10 +41,9 @@ def read_job(job_path: str, overrides: tuple[str, ...], run_dir: str | None = No
 
 def read_run_job(content: bytes, source: str, overrides: tuple[str, ...]) -> Job:
     """The job that a run directory keeps."""
-    import yaml
-
-    return resolve_job(yaml.safe_load(content), source=source, overrides=overrides, environment=os.environ)
+    return parse_job(content, source=source, overrides=overrides, environment=os.environ)
 
 
 def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+    # As JSON, which YAML reads as it stands; and a path is no place for variables.
+    return json.dumps(text).replace("${", "$${")

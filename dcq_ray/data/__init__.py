@@ -1,0 +1,16 @@
+"""From a job's `data` to images in a fixed, indexed order: the train, held-out and test parts, and their batches.
+
+    choice       which images, from labels and counts alone
+    pixels       images as arrays: decode, resize, grey
+    source       what any data set offers;  builtin, npz, imagefolder, custom: the kinds there are
+    preprocess   stored pixels to the network's input, a batch at a time
+    splits       the three parts
+    batches      in order, or shuffled and augmented
+
+Owns all that happens between a data set's files and the teacher's input. Knows nothing of networks, shards or Ray.
+"""
+
+from dcq_ray.data.batches import augmented_batches, ordered_batches
+from dcq_ray.data.splits import Part, Splits, load_splits
+
+__all__ = ["Part", "Splits", "augmented_batches", "load_splits", "ordered_batches"]

@@ -1,0 +1,76 @@
+"""Batches of a part: in order, or shuffled and augmented for training.
+
+Owns the order and the augmentation of training images, fixed functions of (seed, epoch). Knows neither files nor jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcq_ray.data.choice import generator_of
+from dcq_ray.data.splits import Part
+from dcq_ray.errors import DataError
+
+
+def ordered_batches(part: Part, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Images float32 [B, C, H, W] and labels int64 [B] or None, in the part's order; the last batch may be smaller."""
+    for start in range(0, len(part), batch_size):
+        positions = np.arange(start, min(start + batch_size, len(part)))
+        labels = None if part.labels is None else torch.from_numpy(part.labels[positions])
+        yield part.images(positions), labels
+
+
+def augmented_batches(
+    part: Part, *, batch_size: int, flip: bool, crop_padding: int, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images float32 [B, C, H, W] and labels int64 [B] of one epoch, shuffled and augmented by (seed, epoch).
+
+    `flip` mirrors each image left to right with probability one half; `crop_padding` pads each preprocessed image with
+    that many zeros on each side and crops it at random back to size. A last batch smaller than the others is dropped.
+    Raises DataError where the part has no labels.
+    """
+    if part.labels is None:
+        raise DataError(
+            f"{part.name} images: got no labels, expected them for training with cross-entropy; "
+            "add labels to the train set, or do without teacher.fit"
+        )
+    return _augmented_batches(part, part.labels, batch_size, flip, crop_padding, generator_of(seed, epoch))
+
+
+def _augmented_batches(
+    part: Part, labels: np.ndarray, batch_size: int, flip: bool, crop_padding: int, generator: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    order = generator.permutation(len(part))
+    num_batches = max(1, len(part) // batch_size)
+    for index in range(num_batches):
+        positions = order[index * batch_size : (index + 1) * batch_size]
+        images = part.images(positions)
+        if flip:
+            images = flipped(images, generator.random(len(images)) < 0.5)
+        if crop_padding:
+            images = cropped(images, crop_padding, generator.integers(0, 2 * crop_padding + 1, (2, len(images))))
+        yield images, torch.from_numpy(labels[positions])
+
+
+def flipped(images: Tensor, mirror: np.ndarray) -> Tensor:
+    """Images [B, C, H, W], mirrored left to right where `mirror` [B] is true."""
+    return torch.where(torch.from_numpy(mirror)[:, None, None, None], images.flip(3), images)
+
+
+def cropped(images: Tensor, padding: int, corners: np.ndarray) -> Tensor:
+    """Images [B, C, H, W] cut back to size out of images padded by zeros.
+
+    `corners` [2, B] are the top rows and the left columns of the cuts, from 0 to twice the padding.
+    """
+    height, width = images.shape[2:]
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    top, left = torch.from_numpy(corners)
+    image = torch.arange(len(images))[:, None, None]
+    rows = (top[:, None] + torch.arange(height))[:, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, :]
+    # Indexed dimensions with a slice between them come first: [B, H, W, C].
+    return padded[image, :, rows, columns].permute(0, 3, 1, 2).contiguous()
