@@ -14,7 +14,6 @@ from typing import Literal, TextIO
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +25,7 @@ PHASES = ("teacher", "plan", "dump", "train", "reduce", "baseline")
 STATE_STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "reused": "green", "failed": "bold red"}
 # Rows that the terminal's own lines, the summary and a message need beside the sections.
 SPARE_ROWS = 8
+BAR_WIDTH = 12
 
 
 class Monitor:
@@ -119,21 +119,26 @@ def open_monitor(
 
 def progress_table(lines: tuple[Progress, ...], *, max_rows: int) -> Table:
     """One line per piece of work; where there are too many sections, those that run and a count of the others."""
-    table = Table.grid(padding=(0, 1))
-    for justify in ("left", "left", "left", "right", "right", "right", "right"):
-        table.add_column(justify=justify, no_wrap=True)
     sections = [line for line in lines if line.phase == "train"]
     hidden: list[Progress] = []
     if len(sections) > max_rows:
         shown = [line for line in sections if line.state in ("running", "failed")][:max_rows]
         hidden = [line for line in sections if line not in shown]
-    for line in lines:
-        if line not in hidden:
-            _add_row(table, line)
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, min_width=10)
+    table.add_column(no_wrap=True, min_width=7)
+    # The only column that may wrap is the one that rich shrinks; its texts are cut rather than wrapped.
+    table.add_column(overflow="ellipsis")
+    shown = [line for line in lines if line not in hidden]
+    figures = [_figures(line) for line in shown]
+    widths = [max(map(len, column)) for column in zip(*figures, strict=True)]
+    for line, texts in zip(shown, figures, strict=True):
+        state = Text(line.state, style=STATE_STYLES[line.state])
+        table.add_row(_label(line), state, _told(line, texts, widths))
     if hidden:
         counts = {state: sum(line.state == state for line in hidden) for state in STATE_STYLES}
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        table.add_row(Text("sections", style="dim"), Text(told, style="dim"))
+        table.add_row(Text("sections", style="dim"), "", Text(told, style="dim", no_wrap=True, overflow="ellipsis"))
     return table
 
 
@@ -149,23 +154,25 @@ def status_table(report: StatusReport) -> RenderableType:
     return outer
 
 
-def _add_row(table: Table, line: Progress) -> None:
-    style = STATE_STYLES[line.state]
-    label, state = Text(_label(line)), Text(line.state, style=style)
-    if line.state == "running" and line.total:
-        bar: RenderableType = ProgressBar(total=line.total, completed=line.done, width=18)
-        table.add_row(
-            label,
-            state,
-            bar,
-            f"{line.done}/{line.total}",
-            _loss(line),
-            _rate(line),
-            _left(line) or Text(line.detail, style="dim"),
-        )
-    else:
-        detail = line.detail if len(line.detail) <= 60 else line.detail[:59] + "…"
-        table.add_row(label, state, Text(detail, style="dim"), "", _loss(line), _rate(line), "")
+def _told(line: Progress, figures: tuple[str, ...], widths: list[int]) -> Text:
+    """A bar and the figures of work that is counted, aligned over the rows; then the detail."""
+    told = Text(no_wrap=True, overflow="ellipsis")
+    if _is_counted(line):
+        filled = round(BAR_WIDTH * min(1.0, line.done / line.total))
+        told.append("━" * filled, style="cyan").append("╌" * (BAR_WIDTH - filled), style="dim")
+        told.append("".join(f" {text:>{width}}" for text, width in zip(figures, widths, strict=True) if width))
+        return told.append(f" {line.detail}", style="dim")
+    return told.append(" ".join(filter(None, (_loss(line), _rate(line), line.detail))), style="dim")
+
+
+def _figures(line: Progress) -> tuple[str, ...]:
+    if not _is_counted(line):
+        return "", "", "", ""
+    return f"{line.done}/{line.total}", _loss(line), _rate(line), _left(line)
+
+
+def _is_counted(line: Progress) -> bool:
+    return line.state == "running" and line.total > 0
 
 
 def _in_order(lines: tuple[Progress, ...]) -> tuple[Progress, ...]:
@@ -177,11 +184,11 @@ def _label(line: Progress) -> str:
 
 
 def _loss(line: Progress) -> str:
-    return "" if line.loss is None else f"loss {line.loss:.4g}"
+    return "" if line.loss is None else f"loss {line.loss:.3g}"
 
 
 def _rate(line: Progress) -> str:
-    return "" if line.per_second is None else f"{line.per_second:,.0f} images/s"
+    return "" if line.per_second is None else f"{line.per_second:,.0f} img/s"
 
 
 def _left(line: Progress) -> str:

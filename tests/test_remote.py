@@ -65,10 +65,11 @@ def test_a_cluster_with_fewer_places_than_sections_and_gpus_that_cuda_lacks(
     try:
         cluster.add_node(num_cpus=2, num_gpus=2)
         said: list[str] = []
+        address = cluster.address
         remote = run_remote(
             job_of(job_document, run_dir=str(tmp_path / "ray-run")),
             str(tmp_path),
-            address=cluster.address,
+            address=address,
             environment={},
             emit=ignore_progress,
             say=said.append,
@@ -76,7 +77,7 @@ def test_a_cluster_with_fewer_places_than_sections_and_gpus_that_cuda_lacks(
         )
     finally:
         cluster.shutdown()
-    assert said == [f"running on the Ray cluster at {cluster.address}: 2 sections at once on cpu"]
+    assert said == [f"running on the Ray cluster at {address}: 2 sections at once on cpu"]
     assert remote.student == local.student
 
 
