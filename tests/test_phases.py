@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +378,30 @@ def test_status_and_job_are_kept_beside_the_report(job_document: dict[str, Any],
     assert "user_nets:user_net" in (folder / "job.yaml").read_text()
     assert not list((tmp_path / "cache").glob("*/uses/*"))
     assert torch.get_num_threads() == 1
+
+
+def test_two_runs_that_need_the_same_boundary_dump_it_once(job_document: dict[str, Any], tmp_path: Path) -> None:
+    """One dumps, the other waits until it is done; or, where the first dies, takes over what it left."""
+    watchers = [Watcher(), Watcher()]
+    first_dumps, may_go_on = threading.Event(), threading.Event()
+
+    def hold_up(progress: Progress) -> None:
+        watchers[0](progress)
+        if progress.phase == "dump" and progress.state == "running":
+            first_dumps.set()
+            assert may_go_on.wait(60)
+
+    def let_go_on(progress: Progress) -> None:
+        watchers[1](progress)
+        if progress.phase == "dump" and progress.state == "waiting":
+            may_go_on.set()
+
+    documents = [changed(job_document, storage__run_dir=str(tmp_path / name)) for name in ("one", "two")]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(run, documents[0], tmp_path, hold_up)
+        assert first_dumps.wait(60)
+        second = run(documents[1], tmp_path, let_go_on)
+    assert watchers[0].states("dump") == ["running", "done"]
+    assert watchers[1].states("dump") == ["waiting", "reused"]
+    assert second.student == first.result().student
+    assert second.status == "succeeded"

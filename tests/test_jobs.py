@@ -1,0 +1,54 @@
+"""The jobs and commands that the repository shows are the ones that work."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dcq_ray.jobfile import load_job
+
+ROOT = Path(__file__).parents[1]
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_every_job_is_valid_and_named_after_its_file(path: Path) -> None:
+    job = load_job(str(path), environment={"DCQ_DATA": "/data"})
+    assert job.name == path.stem
+    assert yaml.safe_load(path.read_text())["storage"]["run_dir"] == f"runs/{path.stem}"
+
+
+def test_every_job_and_command_of_the_readme_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert {name for name in re.findall(r"jobs/[\w.-]+\.yaml", readme) if not (ROOT / name).exists()} == set()
+    blocks = "".join(re.findall(r"```\n(.*?)```", readme, re.DOTALL))
+    commands = set(re.findall(r"^dcq-ray ([a-z]+)", blocks, re.MULTILINE))
+    help_text = subprocess.run(
+        [sys.executable, "-m", "dcq_ray", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert commands
+    assert {command for command in commands if not re.search(rf"^ +{command}\b", help_text, re.MULTILINE)} == set()
+
+
+def test_the_readme_opens_with_the_main_job_and_the_tests() -> None:
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks[0].strip().endswith("dcq-ray run jobs/quickstart.yaml")
+    assert blocks[1].strip().endswith(".venv/bin/pytest")
+
+
+def test_nothing_of_a_machine_is_in_the_repository() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    pattern = re.compile(r"/(?:home|root|work|Users)/\w")
+    strays = {
+        name
+        for name in listed.stdout.split("\0")
+        if name and not name.startswith("tests/") and pattern.search((ROOT / name).read_text(errors="ignore"))
+    }
+    assert strays == set()

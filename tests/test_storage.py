@@ -1,0 +1,301 @@
+"""Files appear whole or not at all, locks end with their holders, and every failure says where and why."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import fs
+
+from dcq_ray.errors import RunBusyError, StorageError
+from dcq_ray.storage import (
+    Store,
+    add_use,
+    current_epoch,
+    hold_boundary,
+    hold_run,
+    leases,
+    open_store,
+    remove_use,
+)
+from dcq_ray.storage.object_files import ObjectFiles
+
+HOLD = """
+import sys, time
+from dcq_ray.storage import hold_boundary, hold_run, open_store
+store = open_store(sys.argv[2])
+with hold_run(store, owner="the other") if sys.argv[1] == "run" else hold_boundary(store):
+    print("held", flush=True)
+    time.sleep(300)
+"""
+
+WRITE_HALF = """
+import sys, time
+from dcq_ray.storage import open_store
+with open_store(sys.argv[1]).open_output("weights.bin") as output:
+    output.write(b"half of it")
+    output.flush()
+    print("half", flush=True)
+    time.sleep(300)
+"""
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """A process that has come to where it prints its first line."""
+    process = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "folder"))
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store without locks and without a rename, such as S3."""
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
+    root = tmp_path / "bucket" / "runs"
+    root.mkdir(parents=True)
+    return Store(uri="s3://bucket/runs", files=ObjectFiles(fs.LocalFileSystem(), str(root)))
+
+
+@pytest.mark.parametrize("kind", ["local", "remote"])
+def test_what_is_written_is_read_listed_and_deleted(kind: str, request: pytest.FixtureRequest) -> None:
+    store: Store = request.getfixturevalue(kind)
+    child = store.child("a", "b")
+    assert child.read_bytes_or_none("x.bin") is None
+    assert child.list_names() == []
+    child.write_bytes("x.bin", b"one")
+    child.write_bytes("x.bin", b"three")
+    child.write_bytes(".hidden", b"")
+    assert child.read_bytes("x.bin") == b"three"
+    assert child.size("x.bin") == 5
+    assert child.list_names() == ["x.bin"]
+    assert store.child("a").list_names() == ["b"]
+    assert store.exists("a/b/x.bin")
+    child.delete("x.bin")
+    child.delete("x.bin")
+    assert not store.exists("a/b/x.bin")
+    store.child("a").delete_tree()
+    store.child("a").delete_tree()
+    assert not store.exists("a")
+
+
+@given(content=st.binary(max_size=200), later=st.binary(max_size=200), at=st.integers(0, 200))
+def test_a_failed_write_leaves_the_older_file_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, later: bytes, at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    store = open_store(str(folder))
+    store.write_bytes("f", content)
+    with contextlib.suppress(KeyboardInterrupt), store.open_output("f") as output:
+        output.write(later[:at])
+        raise KeyboardInterrupt
+    assert store.read_bytes("f") == content
+    assert os.listdir(folder) == ["f"]
+
+
+def test_a_writer_that_is_killed_leaves_nothing_that_is_trusted(local: Store) -> None:
+    kill(start(WRITE_HALF, local.uri))
+    assert local.list_names() == []
+    assert local.read_bytes_or_none("weights.bin") is None
+    assert len(os.listdir(local.uri)) == 1
+    local.delete_leftovers()
+    assert os.listdir(local.uri) == []
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a//b", "/etc/passwd", "a/./b", "a\0b"])
+def test_names_do_not_lead_out_of_the_folder(local: Store, name: str) -> None:
+    with pytest.raises(StorageError, match="cannot be a name"):
+        local.child(name)
+    if name:
+        with pytest.raises(StorageError, match="cannot be a name"):
+            local.write_bytes(name, b"")
+
+
+def test_a_missing_file_is_named(local: Store) -> None:
+    with pytest.raises(StorageError, match=r"folder/plan\.json: there is no such file"):
+        local.read_bytes("plan.json")
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, r"No space left on device \([\d,]+ bytes are free\); free some"),
+        (errno.EROFS, "Read-only file system; expected a place where this user may write"),
+        (errno.EACCES, "Permission denied; expected a place where this user may write"),
+    ],
+)
+def test_a_disk_that_refuses_is_explained(
+    local: Store, monkeypatch: pytest.MonkeyPatch, number: int, told: str
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=f"folder/f: cannot write: {told}"):
+        local.write_bytes("f", b"content")
+    assert os.listdir(local.uri) == []
+
+
+def test_a_file_where_a_folder_is_expected_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file stands where a folder is expected"):
+        open_store(str(tmp_path / "file")).write_bytes("x", b"")
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("", "names no place"),
+        ("nosuch://place/x", "a URI that pyarrow knows"),
+        ("s3://id:secret@bucket/runs", "credentials"),
+        ("s3://bucket/runs?secret_key=abc", "credentials"),
+    ],
+)
+def test_addresses_that_are_no_store(uri: str, told: str) -> None:
+    with pytest.raises(StorageError, match=told) as caught:
+        open_store(uri)
+    assert "secret@" not in str(caught.value)
+    assert "abc" not in str(caught.value)
+
+
+def test_an_address_means_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store("runs/x")
+    assert store.uri == str(tmp_path / "runs" / "x")
+    assert open_store(f"file://{tmp_path}/runs/x").uri == store.uri
+
+
+def test_a_run_has_one_live_driver_and_its_epochs_grow(local: Store) -> None:
+    assert current_epoch(local) == 0
+    with hold_run(local, owner="first") as first:
+        assert current_epoch(local) == first == 1
+        with (
+            pytest.raises(RunBusyError, match=rf"first \(host .*, process {os.getpid()}, since"),
+            hold_run(local, owner="second"),
+        ):
+            pass
+    with hold_run(local, owner="second") as second:
+        assert second == 2
+
+
+def test_a_killed_driver_does_not_hold_its_run(local: Store) -> None:
+    other = start(HOLD, "run", local.uri)
+    with pytest.raises(RunBusyError, match=f"the other .*process {other.pid}"), hold_run(local, owner="me"):
+        pass
+    kill(other)
+    with hold_run(local, owner="me") as epoch:
+        assert epoch == 2
+
+
+def test_a_damaged_lease_is_told_and_never_gives_an_epoch_twice(local: Store) -> None:
+    with hold_run(local, owner="first") as first:
+        pass
+    local.write_bytes("lease.json", b'{"epoch":')
+    with pytest.raises(StorageError, match=r"lease\.json: not a lease"):
+        current_epoch(local)
+    with hold_run(local, owner="second") as second:
+        assert second > first
+        assert current_epoch(local) == second
+
+
+def test_a_boundary_has_one_writer_and_who_waits_is_told_once(local: Store) -> None:
+    told: list[str] = []
+    entered = threading.Event()
+
+    def wait() -> None:
+        with hold_boundary(local, on_wait=told.append):
+            entered.set()
+
+    with hold_boundary(local):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        while not told:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert not entered.is_set()
+    waiter.join(30)
+    assert entered.is_set()
+    assert len(told) == 1
+    assert f"process {os.getpid()}" in told[0]
+
+
+def test_a_killed_writers_boundary_is_taken_over(local: Store) -> None:
+    other = start(HOLD, "boundary", local.uri)
+    told: list[str] = []
+
+    def end(sentence: str) -> None:
+        told.append(sentence)
+        kill(other)
+
+    with hold_boundary(local, on_wait=end):
+        pass
+    assert f"process {other.pid}" in told[0]
+
+
+def test_a_lock_survives_the_removal_of_its_folder(local: Store) -> None:
+    with hold_boundary(local):
+        local.delete_tree()
+        # The old lock has no name any more; a new one is made, and it is the one that counts.
+        with hold_run(local, owner="new") as epoch:
+            assert epoch == 1
+
+
+def test_storage_without_locks_has_leases_that_expire(remote: Store) -> None:
+    with hold_run(remote, owner="first") as first:
+        lease = json.loads(remote.read_bytes("lease.json"))
+        assert lease["expires_at"] > time.time()
+        with pytest.raises(RunBusyError, match="its hold ends in"), hold_run(remote, owner="second"):
+            pass
+    # Given back, it is free at once.
+    with hold_run(remote, owner="second") as second:
+        assert second == first + 1
+        lease = json.loads(remote.read_bytes("lease.json"))
+    # Killed, it is free when it has expired.
+    remote.write_bytes("lease.json", json.dumps({**lease, "expires_at": time.time() - 1}).encode())
+    with hold_run(remote, owner="third") as third:
+        assert third == second + 1
+
+
+def test_a_lease_is_renewed_while_it_is_held(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 0.02)
+    with hold_run(remote, owner="first"):
+        before = json.loads(remote.read_bytes("lease.json"))["expires_at"]
+        deadline = time.monotonic() + 10
+        while json.loads(remote.read_bytes("lease.json"))["expires_at"] <= before:
+            assert time.monotonic() < deadline, "the lease was never renewed"
+            time.sleep(0.01)
+
+
+def test_uses_are_one_file_a_run(local: Store) -> None:
+    add_use(local, "runs/a")
+    add_use(local, "runs/a")
+    add_use(local, "s3://bucket/b")
+    names = local.child("uses").list_names()
+    runs = {json.loads(local.child("uses").read_bytes(name))["run"] for name in names}
+    assert runs == {os.path.abspath("runs/a"), "s3://bucket/b"}
+    remove_use(local, os.path.abspath("runs/a"))
+    remove_use(local, "runs/never")
+    assert len(local.child("uses").list_names()) == 1
