@@ -12,10 +12,9 @@ from torch import Tensor
 from dcq_ray.data import augmented_batches
 from dcq_ray.errors import DataError
 from dcq_ray.phases import Network, RunSession, choose_device, open_network, part_top1
-from dcq_ray.phases.reduce import adapt_batchnorm
+from dcq_ray.phases.reduce import adapt_batchnorm, untrained_student
 from dcq_ray.records import BaselineReport, Progress
 from dcq_ray.section import cross_entropy, train_module
-from dcq_ray.stitch import stitch
 
 # Around the job's own rate: half a decade down and up.
 RATE_FACTORS = (0.3, 1.0, 3.0)
@@ -52,7 +51,7 @@ def train_dorefa(session: RunSession) -> BaselineReport:
     rates = tuple(factor * context.job.train.lr for factor in RATE_FACTORS)
     trials = [_train_at(session, network, rate, device, number, len(rates)) for number, rate in enumerate(rates)]
     best = max(trials, key=lambda trial: trial.held_out_top1)
-    student = stitch(network.teacher.module, context.plan.layers, [])
+    student = untrained_student(context, network, splits.train, device)
     student.load_state_dict(best.state)
     student.to(device)
     top1 = None if splits.test is None else part_top1(student, splits.test, context.job.data.batch_size, device)
@@ -75,7 +74,7 @@ def _train_at(
     context, splits = session.context, session.prepared.splits
     job = context.job
     start_cpu_seconds = time.process_time()
-    student = stitch(network.teacher.module, context.plan.layers, []).to(device)
+    student = untrained_student(context, network, splits.train, device).to(device)
     batch_size = min(job.train.batch_size, len(splits.train))
     steps_per_epoch = len(splits.train) // batch_size
     total = num_rates * job.train.epochs * steps_per_epoch

@@ -79,13 +79,28 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
-    """One Conv or Linear layer and the bits of its weights; 32 bits: left alone."""
+    """One Conv or Linear layer and the bits of its weights and of its input; 32 bits: left alone."""
 
     module: str
     kind: str
     num_weights: int
     scheme: str
     bits: int
+    activation_scheme: str | None = None
+    activation_bits: int = 32
+    multiply_accumulates: int = 0
+    """Per sample."""
+    num_bytes: int = 0
+    """Of the weights, packed in bits, with their scales."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitsWork:
+    """Multiply-accumulates per sample with weights and inputs of so many bits."""
+
+    bits: int
+    activation_bits: int
+    multiply_accumulates: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +141,14 @@ class PartitionPlan:
     sections: tuple[SectionPlan, ...]
     unquantized_parameters: tuple[str, ...]
     """Parameters with two or more dimensions that no quantizer reaches."""
+    num_parameters: int
+    """Of the whole network."""
+    num_unquantized: int
+    """Numbers in `unquantized_parameters`."""
+    num_bytes_packed: int
+    """Of the student, its quantized weights packed in bits."""
+    total_multiply_accumulates: int
+    """Per sample, those outside of Conv and Linear layers too as far as they are counted (attention's projections)."""
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -135,6 +158,27 @@ class PartitionPlan:
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
         return tuple(layer for section in self.sections for layer in section.layers)
+
+    @property
+    def unquantized_share(self) -> float:
+        """The share of the network's parameters that are weights outside of Conv and Linear layers."""
+        return self.num_unquantized / self.num_parameters if self.num_parameters else 0.0
+
+    @property
+    def multiply_accumulates_by_bits(self) -> tuple[BitsWork, ...]:
+        """Multiply-accumulates per sample by bits of weights and inputs, most first; 32 bits for what is left alone."""
+        counts: dict[tuple[int, int], int] = {}
+        for layer in self.layers:
+            key = (layer.bits, layer.activation_bits)
+            counts[key] = counts.get(key, 0) + layer.multiply_accumulates
+        rest = self.total_multiply_accumulates - sum(counts.values())
+        if rest > 0:
+            counts[32, 32] = counts.get((32, 32), 0) + rest
+        return tuple(
+            BitsWork(bits=bits, activation_bits=activation_bits, multiply_accumulates=count)
+            for (bits, activation_bits), count in sorted(counts.items(), key=lambda item: -item[1])
+            if count
+        )
 
 
 # -- shards ------------------------------------------------------------------------------------------------------------
@@ -355,6 +399,10 @@ class RunReport:
     baseline: BaselineReport | None
     gap_closed: float | None
     sections: tuple[SectionReport, ...]
+    layers: tuple[LayerPlan, ...] = ()
+    multiply_accumulates_by_bits: tuple[BitsWork, ...] = ()
+    unquantized_share: float = 0.0
+    """Of the teacher's parameters: weights outside of Conv and Linear layers."""
     failures: tuple[SectionFailure, ...]
     validation: ValidationReport | None
     timings: Timings

@@ -16,8 +16,24 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Callable_ = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-WeightBits = Annotated[int, Field(ge=1, le=8)]
+MAX_WEIGHT_BITS = 8
+WeightBits = Annotated[int, Field(ge=1, le=MAX_WEIGHT_BITS)]
 LayerBits = Annotated[int, Field(ge=1, le=32)]
+
+
+WeightScheme = Literal["dorefa", "xnor", "twn", "ttq", "lsq", "lsq-channel", "wrpn"]
+ActivationScheme = Literal["dorefa", "pact", "lsq"]
+
+WEIGHT_SCHEME_BITS: dict[str, tuple[int, ...]] = {
+    "dorefa": (1, 2, 3, 4, 5, 6, 7, 8),
+    "xnor": (1,),
+    "twn": (2,),
+    "ttq": (2,),
+    "lsq": (2, 3, 4, 5, 6, 7, 8),
+    "lsq-channel": (2, 3, 4, 5, 6, 7, 8),
+    "wrpn": (2, 3, 4, 5, 6, 7, 8),
+}
+"""The bits that a weight scheme has; the three levels of twn and ttq take 2."""
 
 
 class SpecModel(BaseModel):
@@ -134,26 +150,42 @@ class SectionsSpec(SpecModel):
 class WeightsSpec(SpecModel):
     """The weight quantizer."""
 
-    scheme: Literal["dorefa"] = "dorefa"
+    scheme: WeightScheme = "dorefa"
+    """dorefa: 1 to 8 bits; xnor: 1, a scale per channel; twn, ttq: 2, three levels; lsq, lsq-channel, wrpn: 2 to 8."""
     bits: WeightBits = 1
 
 
-class OverrideSpec(SpecModel):
-    """Another number of bits for some layers; 32 leaves them alone."""
+class ActivationsSpec(SpecModel):
+    """The quantizer of layers' inputs."""
 
-    bits: LayerBits
+    scheme: ActivationScheme = "pact"
+    """dorefa: clip fixed, from data; pact: clip learned; lsq: step learned."""
+    bits: WeightBits = 4
+
+
+class OverrideSpec(SpecModel):
+    """Another scheme or other bits for some layers; 32 bits leave them alone, null means no change."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    bits: LayerBits | None = None
+    """Of the weights."""
+    scheme: WeightScheme | None = None
+    activation_bits: LayerBits | None = None
+    """Of the layers' inputs."""
+    activation_scheme: ActivationScheme | None = None
 
 
 class QuantizeSpec(SpecModel):
-    """Which weights are quantized, and to how many bits."""
+    """Which weights and layers' inputs are quantized, and to how many bits."""
 
     weights: WeightsSpec = WeightsSpec()
-    activations: None = None
-    """Only null so far: activations stay in floating point."""
+    activations: ActivationsSpec | None = None
+    """null: activations stay in floating point."""
     first_last_bits: LayerBits | None = 8
-    """Bits of the first and the last layer; 32 leaves them alone; null: no exception."""
+    """Bits of the first and the last layer, weights and (but for the image) inputs; 32: alone; null: no exception."""
     overrides: dict[str, OverrideSpec] = Field(default_factory=dict)
-    """Name pattern (as of a shell: `layer1.*`) -> {bits: …}; the last match wins; it must match something."""
+    """Pattern of layers' names (as of a shell: `layer1.*`) or `section:N` -> {bits: …}; the last match wins."""
 
 
 class ReduceSpec(SpecModel):

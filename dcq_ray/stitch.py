@@ -10,23 +10,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize import put_quantizers
+from dcq_ray.quantize import ActivationStart, put_quantizers
 from dcq_ray.records import LayerPlan
 
 
 def stitch(
-    teacher: nn.Module, layers: Sequence[LayerPlan], section_states: Sequence[Mapping[str, Tensor]]
+    teacher: nn.Module,
+    layers: Sequence[LayerPlan],
+    section_states: Sequence[Mapping[str, Tensor]],
+    starts: Mapping[str, ActivationStart] | None = None,
 ) -> nn.Module:
     """A copy of the teacher with quantizers on and the sections' states loaded, in eval mode; the teacher is not changed.
 
     What no section holds (an auxiliary head that did not run) stays the teacher's; no states at all give the untrained
-    student.
+    student, whose activation quantizers begin at `starts`.
 
     Raises:
         QuantizeError: a section's tensor is not in the student, has another shape, or comes from two sections.
     """
     student = copy.deepcopy(teacher)
-    put_quantizers(student, layers)
+    put_quantizers(student, layers, starts)
     state = student.state_dict()
     owners: dict[str, int] = {}
     for index, section in enumerate(section_states):

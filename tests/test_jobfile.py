@@ -357,10 +357,13 @@ def test_override_repairs_what_it_replaces() -> None:
         ("train={lr: {x: 1}}", "--set train={lr: {x: 1}}: train.lr: got {x: 1}, expected a number greater than 0"),
         ("name=on", "--set name=on: name: got true, expected letters, digits, '.', '_' and '-', beginning with a"),
         ("data.root=${NOPE}", "--set data.root=${NOPE}: data.root: the environment variable NOPE is not set"),
-        ('quantize.overrides."a.b"={}', '--set quantize.overrides."a.b"={}: quantize.overrides."a.b".bits: missing; '),
+        (
+            'quantize.overrides."a.b"={}',
+            '--set quantize.overrides."a.b"={}: quantize.overrides."a.b": changes nothing; ',
+        ),
         (
             "quantize.overrides.x.y=1",
-            "--set quantize.overrides.x.y=1: quantize.overrides.x.bits: missing; expected a who",
+            "--set quantize.overrides.x.y=1: quantize.overrides.x.y: unknown key; allowed: activation_bits, ",
         ),
     ],
 )
@@ -374,8 +377,8 @@ def test_overrides_that_are_mistakes(override: str, line: str) -> None:
 def test_pattern_without_quotes_gets_a_hint() -> None:
     lines = mistakes(changed(), overrides=("quantize.overrides.layer1.conv1.bits=4",))
     assert lines[-1] == (
-        "--set quantize.overrides.layer1.conv1.bits=4: quantize.overrides.layer1.conv1: unknown key; allowed: bits; "
-        'a pattern is one key, dots and all: "layer1.conv1"'
+        "--set quantize.overrides.layer1.conv1.bits=4: quantize.overrides.layer1.conv1: unknown key; allowed: "
+        'activation_bits, activation_scheme, bits, scheme; a pattern is one key, dots and all: "layer1.conv1"'
     )
 
 
@@ -397,8 +400,7 @@ TRAIN = (
 SIZE = "a list of 2 values, each a whole number of at least 1, or null"
 CUTS = "a list of at least one value, each a text that is not empty, or null"
 QUOTES = "; put a text that YAML takes for a number or a flag in quotes"
-PACT = "{scheme: 'pact', bits: 4}"
-ONLY_NULL = "(Only null so far: activations stay in floating point)"
+SCHEMES = "dorefa, xnor, twn, ttq, lsq, lsq-channel or wrpn"
 ONLY_ONE = "(Only 1 so far: every section is trained once, on the teacher's activations)"
 EXACTLY = ", expected exactly one of count, every or cuts; set the others to null"
 
@@ -503,11 +505,24 @@ def test_mistake_below_an_alias_is_told_where_it_is_used() -> None:
         ("data.image_size", [1, 0], "data.image_size[1]: got 0, expected a whole number of at least 1"),
         ("data.transform", "f", "data.transform: got 'f', expected package.module:function, or null"),
         ("sections.cuts", [], f"sections.cuts: got [], expected {CUTS}"),
-        ("quantize.activations", {"scheme": "pact", "bits": 4},
-         f"quantize.activations: got {PACT}, expected null {ONLY_NULL}"),
-        ("quantize.weights.scheme", "doreffa", "quantize.weights.scheme: got 'doreffa', expected dorefa; did you mean 'dorefa'?"),
-        ("quantize.overrides", {"a": {"bits": 33}}, "quantize.overrides.a.bits: got 33, expected a whole number from 1 to 32"),
-        ("quantize.overrides", {"a": 3}, "quantize.overrides.a: got 3, expected a mapping with keys among bits"),
+        ("quantize.activations", {"scheme": "pakt"},
+         "quantize.activations.scheme: got 'pakt', expected dorefa, pact or lsq; did you mean 'pact'?"),
+        ("quantize.activations", {"bits": 0}, "quantize.activations.bits: got 0, expected a whole number from 1 to 8"),
+        ("quantize.weights.scheme", "doreffa",
+         f"quantize.weights.scheme: got 'doreffa', expected {SCHEMES}; did you mean 'dorefa'?"),
+        ("quantize.weights.bits", 33, "quantize.weights.bits: got 33, expected a whole number from 1 to 8"),
+        ("quantize.weights", {"scheme": "xnor", "bits": 2}, "quantize.weights.bits: got 2, expected 1 for scheme xnor"),
+        ("quantize.weights", {"scheme": "twn", "bits": 1},
+         "quantize.weights.bits: got 1, expected 2 for scheme twn, whose three levels take 2 bits"),
+        ("quantize.weights", {"scheme": "lsq"}, "quantize.weights.bits: got 1, expected 2 to 8 for scheme lsq"),
+        ("quantize.overrides", {"a": {"bits": 33}},
+         "quantize.overrides.a.bits: got 33, expected a whole number from 1 to 32, or null"),
+        ("quantize.overrides", {"a": {"bits": 1, "scheme": "wrpn"}},
+         "quantize.overrides.a.bits: got 1, expected 2 to 8 for scheme wrpn"),
+        ("quantize.overrides", {"a": {}}, "quantize.overrides.a: changes nothing; give it bits, scheme, "
+         "activation_bits or activation_scheme"),
+        ("quantize.overrides", {"a": 3}, "quantize.overrides.a: got 3, expected a mapping with keys among "
+         "bits, scheme, activation_bits and activation_scheme"),
         ("reduce.rounds", 4, f"reduce.rounds: got 4, expected 1 {ONLY_ONE}"),
         ("reduce.max_drop", 101, "reduce.max_drop: got 101, expected a number from 0 to 100, or null"),
         ("seed", -1, "seed: got -1, expected a whole number from 0 to 9223372036854775807"),
@@ -1085,7 +1100,11 @@ def test_job_yaml_keeps_odd_texts(text: str) -> None:
 
 
 def test_job_yaml_has_every_key_in_the_order_of_the_models() -> None:
-    written = yaml.safe_load(job_yaml(resolved(("teacher.fit", {}), ("data.normalize", {"mean": [0], "std": [1]}))))
+    written = yaml.safe_load(
+        job_yaml(
+            resolved(("teacher.fit", {}), ("data.normalize", {"mean": [0], "std": [1]}), ("quantize.activations", {}))
+        )
+    )
 
     def paths(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         for key, item in value.items() if isinstance(value, dict) else ():

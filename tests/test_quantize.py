@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize import bake, dorefa_weight, least_squares_scale, packed_num_bytes, plan_layers, put_quantizers
+from dcq_ray.quantize import LayerSite, bake, packed_num_bytes, plan_layers, put_quantizers
+from dcq_ray.quantize.weights import dorefa_weight, least_squares_scale
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
 
 
 def layer(name: str, module: nn.Module, bits: int) -> LayerPlan:
-    num_weights = module.get_submodule(name).weight.numel()
-    return LayerPlan(module=name, kind="Linear", num_weights=num_weights, scheme="dorefa", bits=bits)
+    part = module.get_submodule(name)
+    spec = QuantizeSpec.model_validate({"first_last_bits": None, "overrides": {name: {"bits": bits}}})
+    (plan,) = plan_layers([LayerSite(name=name, module=part)], spec)
+    return plan
 
 
 def test_one_bit_by_hand() -> None:
@@ -88,8 +91,16 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 3))
 
 
-def layers_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+def layers_of(module: nn.Module) -> list[LayerSite]:
+    return [
+        LayerSite(name=name, module=part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Conv2d | nn.Linear)
+    ]
+
+
+def names_of(module: nn.Module) -> list[str]:
+    return [site.name for site in layers_of(module)]
 
 
 def test_first_and_last_layer_policy_and_overrides() -> None:
@@ -123,7 +134,7 @@ def test_nothing_to_quantize_is_refused() -> None:
 def test_bake_keeps_outputs_names_and_classes(bits: int) -> None:
     module = network()
     names = set(module.state_dict())
-    put_quantizers(module, [layer(name, module, bits) for name, _ in layers_of(module)])
+    put_quantizers(module, [layer(name, module, bits) for name in names_of(module)])
     images = torch.randn(2, 1, 4, 4)
     expected = module(images)
     extra = bake(module)
@@ -132,6 +143,7 @@ def test_bake_keeps_outputs_names_and_classes(bits: int) -> None:
     assert type(module[0]) is nn.Conv2d
     assert isinstance(module[0].weight, nn.Parameter)
     assert len(module[0].weight.unique()) <= 2**bits
+    assert extra["dcq.0.scale"].shape == ()
     assert extra["dcq.0.bits"] == bits
     step = 2 * extra["dcq.0.scale"] / (2**bits - 1) if bits > 1 else 2 * extra["dcq.0.scale"]
     index = (module[0].weight - module[0].weight.min()) / step
@@ -141,7 +153,7 @@ def test_bake_keeps_outputs_names_and_classes(bits: int) -> None:
 def test_32_bits_leave_a_module_alone() -> None:
     module = network()
     before = copy.deepcopy(module.state_dict())
-    put_quantizers(module, [layer(name, module, 32) for name, _ in layers_of(module)])
+    put_quantizers(module, [layer(name, module, 32) for name in names_of(module)])
     assert bake(module) == {}
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 

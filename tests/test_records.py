@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from dcq_ray import records
 from dcq_ray.records import (
     BaselineReport,
+    BitsWork,
     Boundary,
     LayerPlan,
     LossPoint,
@@ -81,6 +82,10 @@ PLAN = PartitionPlan(
     boundaries=(INPUT, INTERIOR, OUTPUT),
     sections=(section(0, CONV), section(1, WIDE_CONV, LEFT_ALONE)),
     unquantized_parameters=("fc.weight",),
+    num_parameters=2000,
+    num_unquantized=160,
+    num_bytes_packed=900,
+    total_multiply_accumulates=9216,
 )
 SHARDS = (
     ShardInfo(index=0, file_name="shard-00000.arrow", num_samples=64, num_bytes=1000, sha256="a"),
@@ -164,6 +169,7 @@ TIMINGS = Timings(
     makespan_lower_bound_seconds=1.75,
     cpu_seconds=CPU_SECONDS,
 )
+BITS_WORK = BitsWork(bits=1, activation_bits=32, multiply_accumulates=9216)
 REPORT = RunReport(
     name="a",
     status="succeeded",
@@ -174,6 +180,9 @@ REPORT = RunReport(
     baseline=BASELINE,
     gap_closed=None,
     sections=(SECTION, dataclasses.replace(SECTION, index=1, loss_curve=())),
+    layers=PLAN.layers,
+    multiply_accumulates_by_bits=(BITS_WORK,),
+    unquantized_share=0.08,
     failures=(FAILURE,),
     validation=VALIDATION,
     timings=TIMINGS,
@@ -202,7 +211,7 @@ STATUS = StatusReport(
 EVERY_RECORD = [
     *(INPUT, CONV, PLAN.sections[1], PLAN, SHARDS[0], MANIFEST, CONTEXT, SectionTask(index=0, digest="t"), CURVE[0]),
     *(RESULT, FAILURE, MEASUREMENT, TEACHER, STUDENT, BASELINE, SECTION, VALIDATION, CPU_SECONDS, TIMINGS),
-    *(REPORT, UNFINISHED_REPORT, PROGRESS, STATUS),
+    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS),
 ]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dcq_ray.errors import QuantizeError
 from dcq_ray.partition import cut, quantizable_layers, trace_teacher
-from dcq_ray.quantize import plan_layers, put_quantizers
+from dcq_ray.quantize import LayerSite, plan_layers, put_quantizers
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
 from dcq_ray.stitch import reestimate_batchnorm, stitch
@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 def planned(teacher: nn.Module, bits: int) -> tuple[tuple[nn.Module, ...], tuple[LayerPlan, ...]]:
     sections = cut(trace_teacher(teacher, torch.zeros(2, 1, 16, 16)), ["relu", "relu_2"])
-    layers = [pair for section in sections for pair in quantizable_layers(section)]
+    layers = [
+        LayerSite(name=name, module=module) for section in sections for name, module in quantizable_layers(section)
+    ]
     spec = QuantizeSpec.model_validate(
         {"weights": {"bits": min(bits, 8)}, "first_last_bits": None if bits < 32 else 32}
     )

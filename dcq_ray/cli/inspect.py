@@ -126,6 +126,7 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     from dcq_ray.data import load_splits
     from dcq_ray.phases import choose_device, part_top1
+    from dcq_ray.quantize import put_input_quantizers
     from dcq_ray.storage import open_store
     from dcq_ray.teacher import build_network, load_state, state_from_bytes
 
@@ -137,6 +138,7 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     # The job's own folder is not recorded; its modules must be importable from here.
     module = build_network(job.teacher, job_folder=str(Path.cwd()))
     load_state(module, {key: value for key, value in state.items() if not key.startswith("dcq.")}, source=source)
+    put_input_quantizers(module, state)
     torch.set_num_threads(job.train.num_threads)
     device = choose_device("auto")
     module.eval().to(device)

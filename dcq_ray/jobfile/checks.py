@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dcq_ray.jobfile.mistakes import Mistake, Path, dotted, listed, related, shown
-from dcq_ray.spec import StorageSpec
+from dcq_ray.spec import WEIGHT_SCHEME_BITS, StorageSpec
 
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _WAYS_TO_CUT = ("count", "every", "cuts")
+UNQUANTIZED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class _Fields:
 def cross_checked(document: Mapping[str, Any], known: Sequence[Mistake]) -> list[Mistake]:
     """All mistakes between fields of a document of which `known` is wrong already."""
     fields = _Fields(document=document, known=known)
-    checks = (_teacher, _dataset, _normalize, _sections, _cuts, _storage)
+    checks = (_teacher, _dataset, _normalize, _sections, _cuts, _quantize, _storage)
     return [mistake for check in checks for mistake in check(fields)]
 
 
@@ -73,6 +74,33 @@ def _dataset(fields: _Fields) -> Iterator[Mistake]:
     for key in ("train", "test"):
         if fields.get("data", key) is not None:
             yield _refused(key, f"dataset {dataset} knows its own parts; this file is for dataset npz")
+
+
+def _quantize(fields: _Fields) -> Iterator[Mistake]:
+    # What the defaults give when a key is left out.
+    scheme = fields.get("quantize", "weights", "scheme") or "dorefa"
+    bits = fields.get("quantize", "weights", "bits") or 1
+    if fields.sound("quantize", "weights") and isinstance(bits, int):
+        yield from _scheme_bits(("quantize", "weights", "bits"), scheme, bits)
+    overrides = fields.get("quantize", "overrides")
+    for pattern, override in overrides.items() if isinstance(overrides, Mapping) else ():
+        path = ("quantize", "overrides", pattern)
+        if not isinstance(override, Mapping) or not fields.sound(*path):
+            continue
+        if all(value is None for value in override.values()):
+            yield Mistake(
+                path=path, problem="changes nothing; give it bits, scheme, activation_bits or activation_scheme"
+            )
+        if override.get("scheme") is not None and override.get("bits") is not None and override["bits"] != UNQUANTIZED:
+            yield from _scheme_bits((*path, "bits"), override["scheme"], override["bits"])
+
+
+def _scheme_bits(path: Path, scheme: str, bits: int) -> Iterator[Mistake]:
+    allowed = WEIGHT_SCHEME_BITS.get(scheme)
+    if allowed is not None and bits not in allowed:
+        told = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else str(allowed[0])
+        why = ", whose three levels take 2 bits" if scheme in ("twn", "ttq") else ""
+        yield Mistake(path=path, problem=f"got {bits}, expected {told} for scheme {scheme}{why}")
 
 
 def _needed(key: str, dataset: str, what: str) -> Mistake:

@@ -24,7 +24,6 @@ EXAMPLES: dict[Path, str] = {
     ("data", "dataset"): "dataset: cifar10",
     ("data", "normalize", "mean"): "mean: [0.485, 0.456, 0.406]",
     ("data", "normalize", "std"): "std: [0.229, 0.224, 0.225]",
-    ("quantize", "overrides", "*", "bits"): "bits: 4",
 }
 
 

@@ -13,7 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import PartitionError
-from dcq_ray.partition.trace import LAYER_TYPES, CutPoint, TracedTeacher
+from dcq_ray.partition.graphs import LAYER_KEY, LAYER_TYPES
+from dcq_ray.partition.trace import CutPoint, TracedTeacher
 
 NUM_NEAR = 4
 
@@ -92,7 +93,11 @@ def prefix_digests(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[str, ...
 
 def describe_section(section: GraphModule) -> tuple[tuple[str, ...], int]:
     """The names of a section's leaf modules in order of execution, and its number of parameters."""
-    modules = dict.fromkeys(str(node.target) for node in section.graph.nodes if node.op == "call_module")
+    modules = dict.fromkeys(
+        str(node.target if node.op == "call_module" else node.meta[LAYER_KEY])
+        for node in section.graph.nodes
+        if node.op == "call_module" or LAYER_KEY in node.meta
+    )
     return tuple(modules), sum(parameter.numel() for parameter in section.parameters())
 
 
@@ -104,7 +109,10 @@ def section_multiply_accumulates(traced: TracedTeacher, cuts: Sequence[str]) -> 
 
 
 def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...]:
-    """Conv and Linear layers in order of execution, by the teacher's names."""
+    """Conv and Linear layers in order of execution, by the teacher's names.
+
+    One whose weight is used in a functional call is given as the module that holds the weight.
+    """
     found: dict[str, nn.Module] = {}
     for node in section.graph.nodes:
         if node.op == "call_module":
@@ -112,7 +120,17 @@ def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...
             for name, module in called.named_modules(prefix=str(node.target)):
                 if isinstance(module, LAYER_TYPES):
                     found.setdefault(name, module)
+        elif LAYER_KEY in node.meta:
+            name = str(node.meta[LAYER_KEY])
+            found.setdefault(name, section.get_submodule(name))
     return tuple(found.items())
+
+
+def directly_called(section: GraphModule) -> frozenset[str]:
+    """Names of the modules that a section calls itself; their inputs can be quantized."""
+    functional = {node.meta[LAYER_KEY] for node in section.graph.nodes if LAYER_KEY in node.meta}
+    called = {str(node.target) for node in section.graph.nodes if node.op == "call_module"}
+    return frozenset(called - functional)
 
 
 def _section(root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, copied: bool = True) -> GraphModule:

@@ -1,4 +1,4 @@
-"""Trace a teacher into its data-flow graph, and find where it may be cut.
+"""Find where a traced teacher may be cut.
 
 A cut after a node is legal where the node's result is the only value that later nodes need, a floating-point tensor whose
 first dimension is the batch, and where no parameter or buffer is used on both sides (a tied or twice-used one must stay in
@@ -12,21 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from dcq_ray.errors import PartitionError
-
-LAYER_TYPES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
+from dcq_ray.partition.graphs import LAYER_KEY, LAYER_TYPES, data_flow_graph, functional_weight, told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,26 +49,26 @@ class TracedTeacher:
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     total_multiply_accumulates: int
+    layer_multiply_accumulates: dict[str, int]
+    """Per sample, of every Conv and Linear layer by its name."""
 
 
 def trace_teacher(module: nn.Module, example: Tensor) -> TracedTeacher:
-    """Trace a module in eval mode with torch.fx, on an example batch [N, ...], N >= 1.
+    """Trace a module in eval mode on an example batch [N, ...], N >= 1, and find its legal cuts.
 
     Raises:
         PartitionError: it cannot be traced or run, does not map one tensor to one tensor [N, K], or its graph depends on
             the size of the batch.
     """
-    graph_module = _trace(module, example)
-    values = _run(graph_module, example)
+    graph_module, values = data_flow_graph(module, example)
     nodes = list(graph_module.graph.nodes)
     output = values[nodes[-1]]
-    if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(example)):
-        raise PartitionError(
-            f"the teacher returns {_told(output)}, expected one tensor of logits [batch, classes]; wrap it in a module that "
-            "returns its logits"
-        )
-    _check_batch_freedom(module, graph_module, example)
-    macs = [_multiply_accumulates(node, graph_module, values) for node in nodes]
+    works = [_work(node, graph_module, values, len(example)) for node in nodes]
+    macs = [total for total, _ in works]
+    layer_macs: dict[str, int] = {}
+    for _, layers in works:
+        for name, count in layers.items():
+            layer_macs[name] = layer_macs.get(name, 0) + count
     spans = _tensor_spans(graph_module, nodes)
     points, illegal = [], {}
     for index, node in enumerate(nodes[:-1]):
@@ -108,77 +97,24 @@ def trace_teacher(module: nn.Module, example: Tensor) -> TracedTeacher:
         input_shape=tuple(example.shape[1:]),
         output_shape=tuple(output.shape[1:]),
         total_multiply_accumulates=sum(macs),
+        layer_multiply_accumulates=layer_macs,
     )
-
-
-def _trace(module: nn.Module, example: Tensor) -> GraphModule:
-    tracer = fx.Tracer()
-    try:
-        graph = tracer.trace(module)
-        graph_module = GraphModule(tracer.root, graph, type(module).__name__)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PartitionError(
-            f"the teacher {type(module).__name__} cannot be traced: {reason}; control flow that depends on the data, or code "
-            "that is not made of tensor operations, has no fixed graph to cut: move it out of the network's forward"
-        ) from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder" and not node.args]
-    if len(inputs) != 1:
-        names = ", ".join(node.name for node in inputs)
-        raise PartitionError(f"the teacher takes {len(inputs)} inputs ({names}), expected one batch of images")
-    return graph_module
-
-
-def _run(graph_module: GraphModule, example: Tensor) -> dict[Node, Any]:
-    """Every node's value on the example; tensors as meta tensors, so that nothing large is kept."""
-    values: dict[Node, Any] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, node: Node) -> Any:
-            value = super().run_node(node)
-            values[node] = value.detach().to("meta") if isinstance(value, Tensor) else value
-            return value
-
-    try:
-        with torch.no_grad():
-            Recorder(graph_module).run(example.clone())
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PartitionError(
-            f"the teacher does not run on images of shape {tuple(example.shape[1:])}: {reason}; check data.channels, "
-            "data.image_size and teacher.args"
-        ) from error
-    return values
-
-
-def _check_batch_freedom(module: nn.Module, graph_module: GraphModule, example: Tensor) -> None:
-    one = example[:1]
-    with torch.no_grad():
-        try:
-            output = graph_module(one.clone())
-            same = len(output) == 1 and torch.equal(output, module(one.clone()))
-        except Exception:
-            same = False
-    if not same:
-        raise PartitionError(
-            "the teacher's graph depends on the size of the batch (a shape was baked in while it was traced); use -1 or "
-            "torch.flatten instead of sizes taken with int() or len()"
-        )
 
 
 def _tensor_spans(graph_module: GraphModule, nodes: list[Node]) -> list[tuple[str, int, int]]:
     """For every parameter and buffer (name, first use, last use), tied names counted as one tensor."""
     modules = dict(graph_module.named_modules())
+    places = {node: index for index, node in enumerate(nodes)}
     spans: dict[tuple[int, int], tuple[str, int, int]] = {}
     for index, node in enumerate(nodes):
+        # A get_attr may stand far before its use.
+        uses = [places[user] for user in node.users] if node.op == "get_attr" else [index]
+        if not uses:
+            continue
         for name, tensor in _used_tensors(node, graph_module, modules):
             key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor), 0)
-            first = spans[key][1] if key in spans else index
-            spans[key] = (spans[key][0] if key in spans else name, first, index)
-            if node.op == "get_attr":
-                # A get_attr may stand far before its use.
-                last = max((nodes.index(user) for user in node.users), default=index)
-                spans[key] = (spans[key][0], min(spans[key][1], last), last)
+            known, first, last = spans.get(key, (name, uses[0], uses[0]))
+            spans[key] = (known, min(first, *uses), max(last, *uses))
     return list(spans.values())
 
 
@@ -207,7 +143,7 @@ def _why_illegal(
         return f"{len(live)} values are live there: {names}" if len(live) > 1 else f"the live value there is {names}"
     value = values[nodes[index]]
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        return f"its value is {_told(value)}, not a floating-point tensor"
+        return f"its value is {told(value)}, not a floating-point tensor"
     if value.ndim == 0 or len(value) != batch_size:
         return f"its first dimension is not the batch: shape {tuple(value.shape)}"
     for name, first, last in spans:
@@ -235,43 +171,37 @@ def _names(nodes: list[Node], index: int) -> tuple[str, ...]:
 
 def _stack(node: Node) -> tuple[str, ...]:
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(entry[0] if isinstance(entry, tuple) else str(key) for key, entry in stack.items())
+    paths = (entry[0] if isinstance(entry, tuple) else str(key) for key, entry in stack.items())
+    # torch.export marks what belongs to no module so.
+    return tuple(path for path in paths if not path.startswith("_empty_nn_module_stack"))
 
 
-def _multiply_accumulates(node: Node, graph_module: GraphModule, values: dict[Node, Any]) -> int:
-    """Multiply-accumulates per sample of a Conv or Linear, as a module or a functional call; 0 for all else."""
-    output = values.get(node)
-    if not isinstance(output, Tensor) or output.ndim < 2:
-        return 0
-    weight: Any = None
-    transposed = False
+def _work(
+    node: Node, graph_module: GraphModule, values: dict[Node, Any], batch_size: int
+) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates per sample of a node, and of them those of each Conv or Linear layer in it.
+
+    Counted are Conv and Linear, as modules or functional calls, and the four projections of attention.
+    """
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
+        if isinstance(module, nn.MultiheadAttention):
+            query = values[node.all_input_nodes[0]]
+            one = query.numel() // batch_size * module.embed_dim
+            return 4 * one, {f"{node.target}.out_proj": one}
         if isinstance(module, LAYER_TYPES):
-            weight, transposed = module.weight, isinstance(module, nn.modules.conv._ConvTransposeNd)
-    elif node.op == "call_function" and getattr(node.target, "__name__", "") in (
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "linear",
-    ):
-        candidates = [
-            argument for argument in (*node.args[1:2], node.kwargs.get("weight")) if isinstance(argument, Node)
-        ]
-        weight = values.get(candidates[0]) if candidates else None
-    if not isinstance(weight, Tensor):
-        return 0
-    if transposed:
-        source = values[node.all_input_nodes[0]]
-        return int(source[0].numel() * weight[0].numel())
-    return int(output[0].numel() * weight[0].numel())
+            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+            count = _products(module.weight, values[node], values[node.all_input_nodes[0]], transposed)
+            return count, {str(node.target): count}
+    source = functional_weight(node)
+    weight = None if source is None else values.get(source)
+    if isinstance(weight, Tensor):
+        transposed = "transpose" in getattr(node.target, "__name__", "")
+        count = _products(weight, values[node], values[node.all_input_nodes[0]], transposed)
+        return count, {str(node.meta[LAYER_KEY]): count} if LAYER_KEY in node.meta else {}
+    return 0, {}
 
 
-def _told(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
-    # torch.fx has containers of its own, derived from these.
-    for container in (dict, list, tuple):
-        if isinstance(value, container):
-            return f"a {container.__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+def _products(weight: Tensor, output: Tensor, source: Tensor, transposed: bool) -> int:
+    # Every output of a convolution sums over one filter; every input of a transposed one is spread by one.
+    return int((source if transposed else output)[0].numel() * weight[0].numel())

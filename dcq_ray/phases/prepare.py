@@ -24,6 +24,7 @@ from dcq_ray.partition import (
     choose_cuts,
     cut,
     describe_section,
+    directly_called,
     measure_costs,
     prefix_digests,
     quantizable_layers,
@@ -33,7 +34,7 @@ from dcq_ray.partition import (
 )
 from dcq_ray.phases.context import Emit, save_teacher
 from dcq_ray.phases.fit import fit_teacher, fitted_teacher
-from dcq_ray.quantize import plan_layers
+from dcq_ray.quantize import LayerSite, packed_num_bytes, plan_layers
 from dcq_ray.records import Boundary, LayerPlan, PartitionPlan, Progress, SectionPlan, from_json, to_json
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, open_store
@@ -142,11 +143,20 @@ def plan_job(
     assert_composition(teacher.module, sections, example)
     if earlier is not None:
         return earlier
-    names = [name for section in sections for name, _ in quantizable_layers(section)]
-    layers = {
-        layer.module: layer
-        for layer in plan_layers([(name, teacher.module.get_submodule(name)) for name in names], job.quantize)
-    }
+    sites = [
+        LayerSite(
+            name=name,
+            module=teacher.module.get_submodule(name),
+            section=index,
+            multiply_accumulates=traced.layer_multiply_accumulates.get(name, 0),
+            called=name in directly_called(section),
+        )
+        for index, section in enumerate(sections)
+        for name, _ in quantizable_layers(section)
+    ]
+    layers = {layer.module: layer for layer in plan_layers(sites, job.quantize)}
+    unquantized = _unquantized(teacher, layers)
+    parameters = dict(teacher.module.named_parameters())
     shapes = [tuple(example.shape[1:])]
     value = example
     with torch.no_grad():
@@ -189,7 +199,11 @@ def plan_job(
             _section_plan(index, section, layers, *seconds[index], macs[index])
             for index, section in enumerate(sections)
         ),
-        unquantized_parameters=_unquantized(teacher, layers),
+        unquantized_parameters=unquantized,
+        num_parameters=sum(value.numel() for value in parameters.values()),
+        num_unquantized=sum(parameters[name].numel() for name in unquantized),
+        num_bytes_packed=packed_num_bytes(teacher.module.state_dict(), tuple(layers.values())),
+        total_multiply_accumulates=traced.total_multiply_accumulates,
     )
 
 

@@ -22,8 +22,8 @@ from dcq_ray.errors import DataError
 from dcq_ray.partition import cut, trace_teacher
 from dcq_ray.phases.context import Emit, Network, choose_device
 from dcq_ray.phases.prepare import part_top1
-from dcq_ray.phases.train import refuse_stale, section_store, section_weights
-from dcq_ray.quantize import bake, packed_num_bytes, put_quantizers
+from dcq_ray.phases.train import CALIBRATION_SAMPLES, layer_identity, refuse_stale, section_store, section_weights
+from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_quantizers
 from dcq_ray.records import (
     Progress,
     RunContext,
@@ -122,7 +122,7 @@ def test_key(context: RunContext, splits: Splits) -> str:
             "plan": context.plan.key,
             "test": None if splits.test is None else splits.test.sha256,
             "reestimate": context.job.reduce.reestimate_batchnorm,
-            "layers": [[layer.module, layer.bits] for layer in context.plan.layers],
+            "layers": [layer_identity(layer) for layer in context.plan.layers],
             "device": context.device,
         }
     )
@@ -147,12 +147,21 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
     if splits.test is not None and splits.test.labels is not None:
         teacher = network.teacher.module.to(device)
         teacher_top1 = part_top1(teacher, splits.test, batch_size, device)
-        untrained = stitch(network.teacher.module, context.plan.layers, [])
+        untrained = untrained_student(context, network, splits.train, device)
         adapt_batchnorm(context, untrained, splits.train, device)
         untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
     scores = TestScores(key=key, teacher_top1=teacher_top1, untrained_top1=untrained_top1)
     store.write_bytes(SCORES_FILE, to_json(scores))
     return scores
+
+
+def untrained_student(context: RunContext, network: Network, train: Part, device: torch.device) -> nn.Module:
+    """The student before any training: quantizers where they start, on the teacher's weights and activations."""
+    teacher = network.teacher.module.to(device)
+    batch_size = context.job.data.batch_size
+    images = (value.to(device) for value in _first_images(train, batch_size, CALIBRATION_SAMPLES))
+    starts = activation_starts(teacher, context.plan.layers, images)
+    return stitch(teacher, context.plan.layers, [], starts)
 
 
 def finish(
@@ -252,9 +261,9 @@ def _images(part: Part, batch_size: int) -> Iterator[Tensor]:
     return (images for images, _ in ordered_batches(part, batch_size))
 
 
-def _first_images(part: Part, batch_size: int) -> Iterator[Tensor]:
+def _first_images(part: Part, batch_size: int, max_samples: int = MAX_BATCHNORM_SAMPLES) -> Iterator[Tensor]:
     # The train part is shuffled, so its beginning is a fair choice.
-    num_samples = min(len(part), MAX_BATCHNORM_SAMPLES)
+    num_samples = min(len(part), max_samples)
     for start in range(0, num_samples, batch_size):
         yield part.images(np.arange(start, min(start + batch_size, num_samples)))
 

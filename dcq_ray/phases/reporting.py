@@ -115,6 +115,9 @@ def draft_report(
             for section in plan.sections
             if section.index in by_index
         ),
+        layers=plan.layers,
+        multiply_accumulates_by_bits=plan.multiply_accumulates_by_bits,
+        unquantized_share=plan.unquantized_share,
         failures=(),
         validation=None,
         timings=Timings(
@@ -162,7 +165,7 @@ def _section_report(
 
 def _packed_bytes(section: SectionPlan) -> int:
     quantized = [layer for layer in section.layers if layer.bits < 32]
-    packed = sum(-(-layer.num_weights * layer.bits // 8) + 4 for layer in quantized)
+    packed = sum(layer.num_bytes for layer in quantized)
     return packed + 4 * (section.num_parameters - sum(layer.num_weights for layer in quantized))
 
 
@@ -177,5 +180,9 @@ def _notes(session: RunSession) -> tuple[str, ...]:
         notes.append("The test images have no labels: accuracy on test images is not given.")
     if plan.unquantized_parameters:
         names = ", ".join(plan.unquantized_parameters[:5])
-        notes.append(f"Not quantized, since not the weight of a Conv or Linear layer: {names}.")
+        more = ", …" if len(plan.unquantized_parameters) > 5 else ""
+        notes.append(
+            f"Not quantized, since not the weight of a Conv or Linear layer: {names}{more}: {plan.num_unquantized:,} numbers, "
+            f"{100 * plan.unquantized_share:.1f} % of the parameters."
+        )
     return tuple(notes)

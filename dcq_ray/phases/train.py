@@ -24,8 +24,8 @@ from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
 from dcq_ray.errors import DataError, ShardError, StaleRunError, StorageError
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device
 from dcq_ray.phases.dump import boundary_store
-from dcq_ray.quantize import put_quantizers
-from dcq_ray.records import Boundary, Progress, RunContext, SectionResult, SectionTask, from_json, to_json
+from dcq_ray.quantize import activation_starts, put_quantizers
+from dcq_ray.records import Boundary, LayerPlan, Progress, RunContext, SectionResult, SectionTask, from_json, to_json
 from dcq_ray.section import loss_function, train_module
 from dcq_ray.shards import BoundaryReader, load_manifest, open_boundary, sample_order, samples_per_shard
 from dcq_ray.spec import Job
@@ -36,6 +36,8 @@ from dcq_ray.teacher import state_bytes, state_from_bytes
 SHARDS_PER_WINDOW = 8
 SECONDS_BETWEEN_REPORTS = 0.25
 RESULT_FILE = "result.json"
+# Activation quantizers start from what so many samples show; the train part is shuffled, so the first ones are a fair choice.
+CALIBRATION_SAMPLES = 512
 
 Read = Callable[[np.ndarray], Tensor]
 
@@ -60,7 +62,7 @@ def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
         content = {
             "index": section.index,
             "boundaries": [plan.boundaries[section.index].digest, plan.boundaries[section.index + 1].digest],
-            "layers": [[layer.module, layer.scheme, layer.bits] for layer in section.layers],
+            "layers": [layer_identity(layer) for layer in section.layers],
             "train": settings,
             "seed": job.seed,
             "device": context.device,
@@ -68,6 +70,11 @@ def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
         }
         tasks.append(SectionTask(index=section.index, digest=json_sha256(content)))
     return tuple(tasks)
+
+
+def layer_identity(layer: LayerPlan) -> list[str | int | None]:
+    """All of a layer's plan that its student depends on."""
+    return [layer.module, layer.scheme, layer.bits, layer.activation_scheme, layer.activation_bits]
 
 
 def section_store(context: RunContext, index: int) -> Store:
@@ -137,9 +144,7 @@ def train_section(
     device = choose_device(context.device)
     section = plan.sections[task.index]
     # A copy: the network serves other sections and measurements after this one.
-    module: GraphModule = copy.deepcopy(network.sections[task.index])
-    put_quantizers(module, section.layers)
-    module.to(device)
+    module: GraphModule = copy.deepcopy(network.sections[task.index]).to(device)
     last = task.index == len(plan.sections) - 1
     loss_name = job.train.last_loss if last and job.train.last_loss is not None else job.train.loss
     loss = loss_function(loss_name, temperature=job.train.temperature)
@@ -155,6 +160,7 @@ def train_section(
                 f"section {task.index}: its input has {inputs.num_samples} samples, its target {targets.num_samples}; "
                 "run again with --fresh and another storage.cache_dir"
             )
+        put_quantizers(module, section.layers, activation_starts(module, section.layers, _first(inputs, job)))
         batch_size = min(job.train.batch_size, inputs.num_samples)
         steps_per_epoch = inputs.num_samples // batch_size
         window = SHARDS_PER_WINDOW * samples_per_shard(job.data.batch_size)
@@ -257,6 +263,12 @@ def _resident(reader: BoundaryReader, device: torch.device) -> _Source:
         return values.index_select(0, torch.from_numpy(positions).to(device)).float()
 
     return _Source(read=read, num_samples=len(values))
+
+
+def _first(inputs: _Source, job: Job) -> Iterator[Tensor]:
+    num_samples = min(inputs.num_samples, CALIBRATION_SAMPLES)
+    for start in range(0, num_samples, job.data.batch_size):
+        yield inputs.read(np.arange(start, min(start + job.data.batch_size, num_samples)))
 
 
 def _labels(splits: Splits | None, device: torch.device) -> _Source:

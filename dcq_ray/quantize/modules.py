@@ -1,0 +1,170 @@
+"""Quantizers as modules: a parametrization of a layer's weight, and a module that a layer's input goes through first.
+
+What is learned is learned in logarithms: a step so stays positive, and Adam's step of a learning rate is relative to it. What
+is not learned is a buffer. Starting points are those of least squared error on the teacher's weights, or on data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dcq_ray.errors import QuantizeError
+from dcq_ray.quantize.activations import (
+    ActivationStart,
+    dorefa_activation,
+    level_range,
+    lsq_activation,
+    pact_activation,
+    round_to_levels,
+)
+from dcq_ray.quantize.weights import (
+    TTQ_THRESHOLD,
+    channel_means,
+    dorefa_weight,
+    least_squares_clip,
+    least_squares_scale,
+    lsq_weight,
+    ttq_weight,
+    twn_weight,
+    wrpn_weight,
+    xnor_weight,
+)
+
+# Starting points are searched on so many values of a weight; more would change them little and take long.
+MAX_SEARCHED = 65536
+MAX_SEARCHED_PER_CHANNEL = 256
+LEARNED_ACTIVATIONS = ("pact", "lsq")
+
+
+class WeightQuantizer(nn.Module):
+    """A weight's parametrization; `weight -> quantized weight`, same shape.
+
+    Args:
+        weight: the teacher's, from which the starting point is found.
+        channel_dim: the dimension of output channels.
+    """
+
+    scale: Tensor
+    log_step: nn.Parameter
+    log_positive: nn.Parameter
+    log_negative: nn.Parameter
+
+    def __init__(self, scheme: str, bits: int, weight: Tensor, channel_dim: int) -> None:
+        super().__init__()
+        self.scheme, self.bits, self.channel_dim = scheme, bits, channel_dim
+        weight = weight.detach()
+        if scheme == "dorefa" and bits > 1:
+            # Equation 9 gives weights in [-1, 1] whatever the teacher's were; a pretrained network would not survive that.
+            self.register_buffer("scale", least_squares_scale(weight, dorefa_weight(weight, bits)))
+        elif scheme == "wrpn":
+            self.register_buffer("scale", _least_squares_clip(weight, None, 2 ** (bits - 1) - 1, 0))
+        elif scheme in ("lsq", "lsq-channel"):
+            high = 2 ** (bits - 1) - 1
+            clip = _least_squares_clip(weight, channel_dim if scheme == "lsq-channel" else None, high, 1)
+            self.log_step = nn.Parameter(torch.log(clip / high))
+        elif scheme == "ttq":
+            threshold = TTQ_THRESHOLD * weight.abs().max()
+            above, below = weight > threshold, weight < -threshold
+            mean = weight.abs().mean().clamp_min(torch.finfo(weight.dtype).tiny)
+            self.log_positive = nn.Parameter(torch.log(weight[above].mean() if above.any() else mean))
+            self.log_negative = nn.Parameter(torch.log(-weight[below].mean() if below.any() else mean))
+        elif scheme not in ("dorefa", "xnor", "twn"):
+            raise QuantizeError(f"quantize.weights.scheme: there is no scheme {scheme!r}")
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The quantized weight."""
+        if self.scheme == "dorefa":
+            levels = dorefa_weight(weight, self.bits)
+            return levels if self.bits == 1 else self.scale * levels
+        if self.scheme == "xnor":
+            return xnor_weight(weight, self.channel_dim)
+        if self.scheme == "twn":
+            return twn_weight(weight)
+        if self.scheme == "ttq":
+            return ttq_weight(weight, self.log_positive.exp(), self.log_negative.exp())
+        if self.scheme == "wrpn":
+            return wrpn_weight(weight, self.scale, self.bits)
+        return lsq_weight(weight, self.log_step.exp(), self.bits)
+
+    def scales(self, weight: Tensor) -> Tensor:
+        """The scale of the levels, float32 []; [channels] where each has its own; [2] for the two of ttq (+, -).
+
+        dorefa of k > 1 bits and wrpn: the largest level; lsq: the step; all others: the size of the levels but 0.
+        """
+        weight = weight.detach()
+        if self.scheme == "dorefa":
+            found = weight.abs().mean() if self.bits == 1 else self.scale
+        elif self.scheme == "xnor":
+            found = channel_means(weight.abs(), self.channel_dim).flatten()
+        elif self.scheme == "twn":
+            found = twn_weight(weight).abs().max()
+        elif self.scheme == "ttq":
+            found = torch.stack([self.log_positive.exp(), self.log_negative.exp()])
+        elif self.scheme == "wrpn":
+            found = self.scale
+        else:
+            found = self.log_step.exp().flatten() if self.scheme == "lsq-channel" else self.log_step.exp().reshape(())
+        return found.detach().float().cpu()
+
+
+class InputQuantizer(nn.Module):
+    """Quantizes the input of a layer; trained by its scheme's gradients."""
+
+    signed: Tensor
+    log_clip: Tensor
+
+    def __init__(self, scheme: str, bits: int, start: ActivationStart) -> None:
+        super().__init__()
+        self.scheme, self.bits = scheme, bits
+        # A buffer, since it comes from data: whoever loads the state gets it too.
+        self.register_buffer("signed", torch.tensor(start.signed))
+        log_clip = torch.tensor(start.clip).log()
+        if scheme in LEARNED_ACTIVATIONS:
+            self.log_clip = nn.Parameter(log_clip)
+        else:
+            self.register_buffer("log_clip", log_clip)
+
+    @property
+    def step(self) -> Tensor:
+        """The distance of neighbouring levels (one signed bit: half of it)."""
+        _, high = level_range(self.bits, bool(self.signed))
+        return self.log_clip.exp() / high
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The quantized input."""
+        function = {"dorefa": dorefa_activation, "pact": pact_activation, "lsq": lsq_activation}[self.scheme]
+        return function(value, self.step, self.bits, bool(self.signed))
+
+
+class FrozenInputQuantizer(nn.Module):
+    """An input quantizer as it is shipped; its numbers are not in the network's own state."""
+
+    step: Tensor
+
+    def __init__(self, step: Tensor, bits: int, signed: bool) -> None:
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        self.register_buffer("step", step, persistent=False)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The quantized input."""
+        return round_to_levels(value, self.step, self.bits, self.signed)
+
+
+def _least_squares_clip(weight: Tensor, channel_dim: int | None, high: int, extra_low: int) -> Tensor:
+    """The clip of least squared error for levels -high - extra_low … high, shaped to broadcast against the weight."""
+
+    def quantize(rows: Tensor, clips: Tensor) -> Tensor:
+        step = clips / high
+        return torch.round(rows / step).clamp_(-high - extra_low, high).mul_(step)
+
+    if channel_dim is None:
+        stride = -(-weight.numel() // MAX_SEARCHED)
+        return least_squares_clip(weight.reshape(1, -1)[:, ::stride].float(), quantize).reshape(()).to(weight.dtype)
+    rows = weight.transpose(0, channel_dim).reshape(weight.shape[channel_dim], -1)
+    stride = -(-rows.shape[1] // MAX_SEARCHED_PER_CHANNEL)
+    clips = least_squares_clip(rows[:, ::stride].float(), quantize).to(weight.dtype)
+    shape = [1] * weight.ndim
+    shape[channel_dim] = -1
+    return clips.reshape(shape)
