@@ -145,6 +145,8 @@ class PartitionPlan:
     """Of the whole network."""
     num_unquantized: int
     """Numbers in `unquantized_parameters`."""
+    uncalled_layers: tuple[str, ...] = ()
+    """Layers that the network never calls, but uses the weight of in a function; their inputs cannot be quantized."""
     num_bytes_packed: int
     """Of the student, its quantized weights packed in bits."""
     total_multiply_accumulates: int

@@ -521,6 +521,10 @@ def test_mistake_below_an_alias_is_told_where_it_is_used() -> None:
          "quantize.overrides.a.bits: got 1, expected 2 to 8 for scheme wrpn"),
         ("quantize.overrides", {"a": {}}, "quantize.overrides.a: changes nothing; give it bits, scheme, "
          "activation_bits or activation_scheme"),
+        ("quantize.overrides", {"a": {"activation_bits": 4}}, "quantize.overrides.a.activation_bits: "
+         "quantize.activations is null; give the override an activation_scheme too, or the job activations"),
+        ("quantize.overrides", {"a": {"activation_scheme": "lsq"}}, "quantize.overrides.a.activation_scheme: "
+         "quantize.activations is null; give the override activation_bits too, or the job activations"),
         ("quantize.overrides", {"a": 3}, "quantize.overrides.a: got 3, expected a mapping with keys among "
          "bits, scheme, activation_bits and activation_scheme"),
         ("reduce.rounds", 4, f"reduce.rounds: got 4, expected 1 {ONLY_ONE}"),

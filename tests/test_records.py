@@ -215,6 +215,22 @@ EVERY_RECORD = [
 ]
 
 
+def test_multiply_accumulates_by_bits_by_hand() -> None:
+    quantized = dataclasses.replace(CONV, multiply_accumulates=4000, bits=1, activation_scheme="lsq", activation_bits=4)
+    same = dataclasses.replace(WIDE_CONV, multiply_accumulates=5000, activation_scheme="lsq", activation_bits=4)
+    alone = dataclasses.replace(LEFT_ALONE, multiply_accumulates=160)
+    plan = dataclasses.replace(PLAN, sections=(section(0, quantized), section(1, same, alone)))
+    # 9216 in all: what is in no layer, 9216 - 9160, is in full precision too
+    assert [
+        (work.bits, work.activation_bits, work.multiply_accumulates) for work in plan.multiply_accumulates_by_bits
+    ] == [
+        (1, 4, 9000),
+        (32, 32, 160 + 56),
+    ]
+    assert plan.unquantized_share == 160 / 2000
+    assert dataclasses.replace(PLAN, num_parameters=0).unquantized_share == 0.0
+
+
 def kind_name(record: Any) -> str:
     return type(record).__name__
 

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from dcq_ray.records import (
     BaselineReport,
+    BitsWork,
+    LayerPlan,
     LossPoint,
     PhaseCpuSeconds,
     RunReport,
@@ -25,7 +27,7 @@ from dcq_ray.records import (
     from_json,
 )
 from dcq_ray.report import compare_reports, print_report, report_html, report_json
-from dcq_ray.report.words import size, verdict
+from dcq_ray.report.words import count, layer_rows, size, verdict, work_rows
 
 
 def section(index: int, **values: object) -> SectionReport:
@@ -71,6 +73,32 @@ def report() -> RunReport:
         ),
         gap_closed=0.6667,
         sections=tuple(section(index) for index in range(3)),
+        layers=(
+            LayerPlan(
+                module="layer1.0.conv1",
+                kind="Conv2d",
+                num_weights=36_864,
+                scheme="dorefa",
+                bits=2,
+                activation_scheme="pact",
+                activation_bits=4,
+                multiply_accumulates=2_359_296,
+                num_bytes=9220,
+            ),
+            LayerPlan(
+                module="fc",
+                kind="Linear",
+                num_weights=640,
+                scheme="dorefa",
+                bits=32,
+                multiply_accumulates=640,
+                num_bytes=2560,
+            ),
+        ),
+        multiply_accumulates_by_bits=(
+            BitsWork(bits=2, activation_bits=4, multiply_accumulates=2_359_296),
+            BitsWork(bits=32, activation_bits=32, multiply_accumulates=640),
+        ),
         failures=(),
         validation=ValidationReport(
             num_samples=200,
@@ -149,6 +177,28 @@ def test_sizes_by_hand() -> None:
         "1.5 KiB",
         "3.0 MiB",
     ]
+
+
+def test_layers_and_work_by_hand(report: RunReport) -> None:
+    assert layer_rows(report.layers) == [
+        ("layer1.0.conv1", "Conv2d", "36,864", "dorefa 2", "pact 4", "9.0 KiB", "2.36 M"),
+        ("fc", "Linear", "640", "fp32", "fp32", "2.5 KiB", "640"),
+    ]
+    assert work_rows(report.multiply_accumulates_by_bits) == [
+        ("2", "4", "2,359,296", "100.0 %"),
+        ("fp32", "fp32", "640", "0.0 %"),
+    ]
+    assert work_rows(()) == []
+    assert [count(value) for value in (0, 999, 1000, 1_814_073_344)] == ["0", "999", "1 k", "1.81 G"]
+
+
+def test_every_form_of_the_report_shows_the_bits_of_every_layer(report: RunReport) -> None:
+    text, page = printed(report), report_html(report)
+    for part in ("layer1.0.conv1", "dorefa 2", "pact 4", "9.0 KiB", "2,359,296"):
+        assert part in text
+        assert part in page
+    layer = json.loads(report_json(report))["layers"][0]
+    assert (layer["bits"], layer["activation_bits"], layer["num_bytes"]) == (2, 4, 9220)
 
 
 @pytest.mark.parametrize("width", [70, 80, 140])

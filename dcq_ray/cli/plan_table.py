@@ -7,17 +7,8 @@ from rich.table import Table
 
 from dcq_ray.phases import Prediction
 from dcq_ray.records import PartitionPlan
+from dcq_ray.report import layers_table, size, work_table
 from dcq_ray.spec import Job
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the unit that suits them."""
-    value, units = float(num_bytes), ("B", "KiB", "MiB", "GiB", "TiB")
-    for unit in units:
-        if value < 1024 or unit == units[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
 
 
 def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: Console) -> None:
@@ -49,14 +40,24 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
     boundaries.add_section()
     boundaries.add_row("", f"all, {job.storage.dtype}, before compression", "", size(total))
     console.print(boundaries)
-    layers = Table(title="layers", title_justify="left")
-    for name in ("layer", "kind", "weights", "bits"):
-        layers.add_column(name, justify="right" if name in ("weights", "bits") else "left", overflow="fold")
-    for layer in plan.layers:
-        layers.add_row(
-            layer.module, layer.kind, f"{layer.num_weights:,}", "fp32" if layer.bits == 32 else str(layer.bits)
+    console.print(layers_table(plan.layers))
+    console.print(work_table(plan.multiply_accumulates_by_bits))
+    console.print(
+        f"the whole model: {size(plan.teacher_num_bytes)} in full precision, {size(plan.num_bytes_packed)} packed, 1/"
+        f"{plan.teacher_num_bytes / plan.num_bytes_packed:.1f}"
+    )
+    if plan.unquantized_parameters:
+        console.print(
+            f"not quantized, since not the weight of a Conv or Linear layer: {', '.join(plan.unquantized_parameters)}; "
+            f"{100 * plan.unquantized_share:.1f} % of the parameters",
+            markup=False,
         )
-    console.print(layers)
+    if job.quantize.activations is not None and plan.uncalled_layers:
+        console.print(
+            "inputs not quantized, since the network uses the weight without calling the layer: "
+            + ", ".join(plan.uncalled_layers),
+            markup=False,
+        )
     console.print(
         f"on {prediction.num_workers} workers: dump {prediction.dump_seconds:.1f} s, training "
         f"{prediction.train_seconds:.1f} s, together {prediction.makespan_seconds:.1f} s (predicted from one measured batch)"

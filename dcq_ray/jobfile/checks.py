@@ -93,6 +93,23 @@ def _quantize(fields: _Fields) -> Iterator[Mistake]:
             )
         if override.get("scheme") is not None and override.get("bits") is not None and override["bits"] != UNQUANTIZED:
             yield from _scheme_bits((*path, "bits"), override["scheme"], override["bits"])
+        if fields.get("quantize", "activations") is None:
+            yield from _activations_alone(path, override)
+
+
+def _activations_alone(path: Path, override: Mapping[str, Any]) -> Iterator[Mistake]:
+    """An override of activations where the job has none must say all of it."""
+    scheme, bits = override.get("activation_scheme"), override.get("activation_bits")
+    if scheme is None and bits is not None and bits != UNQUANTIZED:
+        yield Mistake(
+            path=(*path, "activation_bits"),
+            problem="quantize.activations is null; give the override an activation_scheme too, or the job activations",
+        )
+    if scheme is not None and bits is None:
+        yield Mistake(
+            path=(*path, "activation_scheme"),
+            problem="quantize.activations is null; give the override activation_bits too, or the job activations",
+        )
 
 
 def _scheme_bits(path: Path, scheme: str, bits: int) -> Iterator[Mistake]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from dcq_ray.errors import QuantizeError
+from dcq_ray.errors import JobError, QuantizeError
 from dcq_ray.records import LayerPlan
-from dcq_ray.spec import MAX_WEIGHT_BITS, WEIGHT_SCHEME_BITS, OverrideSpec, QuantizeSpec
+from dcq_ray.spec import MAX_WEIGHT_BITS, WEIGHT_SCHEME_BITS, ActivationScheme, QuantizeSpec, WeightScheme
 
 UNQUANTIZED_BITS = 32
 SCALE_BYTES = 4
@@ -38,24 +38,21 @@ def plan_layers(sites: Sequence[LayerSite], spec: QuantizeSpec) -> tuple[LayerPl
     pattern matches the names of layers, and `section:N` those of a section.
 
     Raises:
-        QuantizeError: no layer; a pattern that matches nothing; bits that the scheme does not have; activation bits where
-            there are no activation quantizers; tied layers of unlike bits.
+        QuantizeError: the network has no layer to quantize.
+        JobError: every mistake of the job's, one a line: a pattern that matches nothing; bits that a scheme does not have;
+            activation bits where there are no activation quantizers; tied layers of unlike bits.
     """
     if not sites:
         raise QuantizeError("the teacher has no Conv or Linear layer: there is nothing to quantize")
-    _check_patterns(sites, spec.overrides)
-    plans = tuple(
-        _plan(site, spec, position in (0, len(sites) - 1), position == 0) for position, site in enumerate(sites)
-    )
-    tied: dict[int, LayerPlan] = {}
-    for site, plan in zip(sites, plans, strict=True):
-        first = tied.setdefault(id(layer_weight(site.module)), plan)
-        if (first.scheme, first.bits) != (plan.scheme, plan.bits):
-            raise QuantizeError(
-                f"layers {first.module} and {plan.module} share one weight, but get {first.scheme} {first.bits} bits and "
-                f"{plan.scheme} {plan.bits} bits; give both the same under quantize.overrides"
-            )
-    return plans
+    ends = (0, len(sites) - 1)
+    choices = [_choice(site, spec, position in ends, position == 0) for position, site in enumerate(sites)]
+    mistakes = [*_patterns(sites, spec), *_unlike_twins(sites, choices)]
+    for site, choice in zip(sites, choices, strict=True):
+        mistakes += _mistakes(site, choice)
+    if mistakes:
+        number = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise JobError("\n".join([f"the job does not fit its teacher: {number}", *mistakes]))
+    return tuple(_layer_plan(site, choice) for site, choice in zip(sites, choices, strict=True))
 
 
 def channel_dim(kind: str) -> int:
@@ -82,62 +79,88 @@ def packed_num_bytes(state: Mapping[str, Tensor], layers: Sequence[LayerPlan]) -
     return total + SCALE_BYTES * sum(layer.activation_bits < UNQUANTIZED_BITS for layer in layers)
 
 
-def _plan(site: LayerSite, spec: QuantizeSpec, at_end: bool, is_first: bool) -> LayerPlan:
-    scheme, bits = spec.weights.scheme, spec.weights.bits
-    activation_scheme, activation_bits = None, UNQUANTIZED_BITS
-    if spec.activations is not None and site.called:
-        activation_scheme, activation_bits = spec.activations.scheme, spec.activations.bits
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """What a job asks for one layer, whether or not it can be had."""
+
+    scheme: WeightScheme
+    bits: int
+    activation_scheme: ActivationScheme | None
+    activation_bits: int
+
+
+def _choice(site: LayerSite, spec: QuantizeSpec, at_end: bool, is_first: bool) -> _Choice:
+    activations = spec.activations if site.called else None
+    choice = _Choice(
+        scheme=spec.weights.scheme,
+        bits=spec.weights.bits,
+        activation_scheme=None if spec.activations is None else spec.activations.scheme,
+        activation_bits=UNQUANTIZED_BITS if activations is None else activations.bits,
+    )
     if spec.first_last_bits is not None and at_end:
         bits = spec.first_last_bits
-        scheme = scheme if bits in WEIGHT_SCHEME_BITS[scheme] else "dorefa"
-        if activation_scheme is not None:
-            activation_bits = UNQUANTIZED_BITS if is_first else spec.first_last_bits
+        choice = replace(choice, bits=bits, scheme=choice.scheme if _has(choice.scheme, bits) else "dorefa")
+        if activations is not None:
+            choice = replace(choice, activation_bits=UNQUANTIZED_BITS if is_first else bits)
     for pattern, override in spec.overrides.items():
-        if not _matches(site, pattern):
-            continue
-        scheme = override.scheme or scheme
-        bits = bits if override.bits is None else override.bits
-        if override.activation_bits is not None:
-            activation_bits = override.activation_bits
-            named = override.activation_scheme or (None if spec.activations is None else spec.activations.scheme)
-            if activation_bits < UNQUANTIZED_BITS and (named is None or not site.called):
-                why = (
-                    "its weight is used without calling the layer, so its input cannot be quantized"
-                    if not site.called
-                    else "quantize.activations is null; give it a scheme, or give the override an activation_scheme"
-                )
-                raise QuantizeError(
-                    f"quantize.overrides: {pattern}: activation_bits {activation_bits} for layer {site.name}, but {why}"
-                )
-            activation_scheme = named
-        elif override.activation_scheme is not None:
-            activation_scheme = override.activation_scheme
-    allowed = WEIGHT_SCHEME_BITS[scheme]
-    if bits != UNQUANTIZED_BITS and bits not in allowed:
+        if _matches(site, pattern):
+            activation_bits = override.activation_bits if site.called else None
+            choice = _Choice(
+                scheme=override.scheme or choice.scheme,
+                bits=choice.bits if override.bits is None else override.bits,
+                activation_scheme=override.activation_scheme or choice.activation_scheme,
+                activation_bits=choice.activation_bits if activation_bits is None else activation_bits,
+            )
+    return choice
+
+
+def _has(scheme: WeightScheme, bits: int) -> bool:
+    return bits == UNQUANTIZED_BITS or bits in WEIGHT_SCHEME_BITS[scheme]
+
+
+def _mistakes(site: LayerSite, choice: _Choice) -> Iterator[str]:
+    leave = f"or {UNQUANTIZED_BITS} to leave it alone"
+    if not _has(choice.scheme, choice.bits):
+        allowed = WEIGHT_SCHEME_BITS[choice.scheme]
         told = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 1 else str(allowed[0])
-        raise QuantizeError(
-            f"layer {site.name}: got {bits} bits, expected {told} for {scheme}, or {UNQUANTIZED_BITS} to leave it alone"
+        yield f"layer {site.name}: got {choice.bits} bits, expected {told} for {choice.scheme}, {leave}"
+    if MAX_WEIGHT_BITS < choice.activation_bits < UNQUANTIZED_BITS:
+        yield f"layer {site.name}: got {choice.activation_bits} activation bits, expected 1 to {MAX_WEIGHT_BITS}, {leave}"
+    elif choice.activation_bits <= MAX_WEIGHT_BITS and choice.activation_scheme is None:
+        yield (
+            f"layer {site.name}: got {choice.activation_bits} activation bits, but quantize.activations is null; give it a "
+            "scheme, or give the override an activation_scheme"
         )
-    if MAX_WEIGHT_BITS < activation_bits < UNQUANTIZED_BITS:
-        raise QuantizeError(
-            f"layer {site.name}: got {activation_bits} activation bits, expected 1 to {MAX_WEIGHT_BITS}, or "
-            f"{UNQUANTIZED_BITS} to leave its input alone"
-        )
+
+
+def _unlike_twins(sites: Sequence[LayerSite], choices: Sequence[_Choice]) -> Iterator[str]:
+    tied: dict[int, tuple[LayerSite, _Choice]] = {}
+    for site, choice in zip(sites, choices, strict=True):
+        first, other = tied.setdefault(id(layer_weight(site.module)), (site, choice))
+        if (other.scheme, other.bits) != (choice.scheme, choice.bits):
+            yield (
+                f"layers {first.name} and {site.name} share one weight, but get {other.scheme} {other.bits} bits and "
+                f"{choice.scheme} {choice.bits} bits; give both the same under quantize.overrides"
+            )
+
+
+def _layer_plan(site: LayerSite, choice: _Choice) -> LayerPlan:
     weight, kind = layer_weight(site.module), type(site.module).__name__
-    num_scales = weight.shape[channel_dim(kind)] if scheme in PER_CHANNEL_SCHEMES else 2 if scheme == "ttq" else 1
-    quantized = bits < UNQUANTIZED_BITS
+    num_scales = 2 if choice.scheme == "ttq" else 1
+    if choice.scheme in PER_CHANNEL_SCHEMES:
+        num_scales = weight.shape[channel_dim(kind)]
+    packed = -(-weight.numel() * choice.bits // 8) + SCALE_BYTES * num_scales
+    quantizes_input = choice.activation_scheme is not None and choice.activation_bits < UNQUANTIZED_BITS
     return LayerPlan(
         module=site.name,
         kind=kind,
         num_weights=weight.numel(),
-        scheme=scheme,
-        bits=bits,
-        activation_scheme=activation_scheme if activation_bits < UNQUANTIZED_BITS else None,
-        activation_bits=activation_bits,
+        scheme=choice.scheme,
+        bits=choice.bits,
+        activation_scheme=choice.activation_scheme if quantizes_input else None,
+        activation_bits=choice.activation_bits,
         multiply_accumulates=site.multiply_accumulates,
-        num_bytes=-(-weight.numel() * bits // 8) + SCALE_BYTES * num_scales
-        if quantized
-        else weight.numel() * weight.element_size(),
+        num_bytes=packed if choice.bits < UNQUANTIZED_BITS else weight.numel() * weight.element_size(),
     )
 
 
@@ -145,12 +168,21 @@ def _matches(site: LayerSite, pattern: str) -> bool:
     return fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(f"section:{site.section}", pattern)
 
 
-def _check_patterns(sites: Sequence[LayerSite], overrides: Mapping[str, OverrideSpec]) -> None:
+def _patterns(sites: Sequence[LayerSite], spec: QuantizeSpec) -> Iterator[str]:
     names = [site.name for site in sites]
-    for pattern in overrides:
-        if not any(_matches(site, pattern) for site in sites):
+    for pattern, override in spec.overrides.items():
+        matched = [site for site in sites if _matches(site, pattern)]
+        if not matched:
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-            raise QuantizeError(
+            last = max(site.section for site in sites)
+            sections = "section:0" if last == 0 else f"section:0 to section:{last}"
+            yield (
                 f"quantize.overrides: the pattern {pattern!r} matches no Conv or Linear layer; near it: {', '.join(near)}; "
-                f"sections are section:0 to section:{max(site.section for site in sites)}"
+                f"sections are {sections}"
+            )
+        elif (override.activation_bits or UNQUANTIZED_BITS) < UNQUANTIZED_BITS and not any(s.called for s in matched):
+            yield (
+                f"quantize.overrides: the pattern {pattern!r} asks for activation_bits {override.activation_bits}, but the "
+                f"network never calls {', '.join(site.name for site in matched[:3])}: it uses the weight in a function, so "
+                "there is no input to quantize; leave activation_bits out"
             )

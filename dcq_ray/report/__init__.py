@@ -2,7 +2,8 @@
 
 from dcq_ray.records import RunReport, to_json
 from dcq_ray.report.page import report_html
-from dcq_ray.report.tables import compare_reports, print_report
+from dcq_ray.report.tables import compare_reports, layers_table, print_report, work_table
+from dcq_ray.report.words import size
 
 
 def report_json(report: RunReport) -> str:
@@ -10,4 +11,4 @@ def report_json(report: RunReport) -> str:
     return to_json(report).decode().rstrip()
 
 
-__all__ = ["compare_reports", "print_report", "report_html", "report_json"]
+__all__ = ["compare_reports", "layers_table", "print_report", "report_html", "report_json", "size", "work_table"]

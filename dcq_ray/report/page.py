@@ -7,7 +7,19 @@ from html import escape
 
 from dcq_ray.records import RunReport
 from dcq_ray.report.plots import error_plot, loss_plot, size_plot
-from dcq_ray.report.words import modules, networks, number, percent, seconds, size, verdict
+from dcq_ray.report.words import (
+    LAYER_COLUMNS,
+    WORK_COLUMNS,
+    layer_rows,
+    modules,
+    networks,
+    number,
+    percent,
+    seconds,
+    size,
+    verdict,
+    work_rows,
+)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fcfcfb; --line: #d9dde1; --accent: #0072b2; }
@@ -57,6 +69,8 @@ def report_html(report: RunReport) -> str:
     parts.append("</section>")
     if report.sections:
         parts.append(_sections(report))
+    if report.layers:
+        parts.append(_layers(report))
     parts.append(_validation(report))
     parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p></section>")
     if report.notes:
@@ -132,6 +146,19 @@ def _sections(report: RunReport) -> str:
     )
 
 
+def _layers(report: RunReport) -> str:
+    caption = "Weights and inputs of every Conv and Linear layer: scheme and bits, bytes packed, multiply-accumulates per sample"
+    work = "Multiply-accumulates per sample, by the bits of weights and inputs"
+    return "\n".join(
+        [
+            "<section><h2>Layers</h2>",
+            _table(caption, LAYER_COLUMNS, layer_rows(report.layers)),
+            _table(work, WORK_COLUMNS, work_rows(report.multiply_accumulates_by_bits)),
+            "</section>",
+        ]
+    )
+
+
 def _validation(report: RunReport) -> str:
     validation = report.validation
     if validation is None:
@@ -153,7 +180,11 @@ def _plot(title: str, svg: str, description: str) -> str:
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    text = {index for index, name in enumerate(columns) if name in ("network", "modules", "measure", "device")}
+    text = {
+        index
+        for index, name in enumerate(columns)
+        if name in ("network", "modules", "measure", "device", "layer", "kind")
+    }
     kind = [' class="text"' if index in text else "" for index in range(len(columns))]
     head = "".join(f'<th scope="col"{kind[index]}>{escape(name)}</th>' for index, name in enumerate(columns))
     body = "".join(

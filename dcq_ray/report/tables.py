@@ -9,8 +9,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcq_ray.records import RunReport, SectionReport
-from dcq_ray.report.words import modules, networks, number, percent, seconds, verdict
+from dcq_ray.records import BitsWork, LayerPlan, RunReport, SectionReport
+from dcq_ray.report.words import (
+    LAYER_COLUMNS,
+    WORK_COLUMNS,
+    layer_rows,
+    modules,
+    networks,
+    number,
+    percent,
+    seconds,
+    verdict,
+    work_rows,
+)
+
+LEFT = ("network", "section", "run", "status", "layer", "kind")
 
 
 def print_report(report: RunReport, console: Console) -> None:
@@ -34,6 +47,9 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(
             f"alone: {measure} of the teacher with only this section replaced, on held-out images", style="dim"
         )
+    if report.layers:
+        console.print(layers_table(report.layers))
+        console.print(work_table(report.multiply_accumulates_by_bits))
     validation = report.validation
     if validation is not None:
         console.print(
@@ -48,6 +64,22 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"[bold red]section {failure.index} failed[/]: {escape(failure.message)}")
     for note in report.notes:
         console.print(escape(note), style="dim")
+
+
+def layers_table(layers: Sequence[LayerPlan]) -> Table:
+    """Every layer: bits and schemes of its weights and its input, bytes, multiply-accumulates."""
+    table = _table(*LAYER_COLUMNS)
+    for row in layer_rows(layers):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def work_table(works: Sequence[BitsWork]) -> Table:
+    """Multiply-accumulates by the bits of weights and inputs."""
+    table = _table(*WORK_COLUMNS)
+    for row in work_rows(works):
+        table.add_row(*row)
+    return table
 
 
 def compare_reports(reports: Sequence[RunReport], console: Console) -> None:
@@ -85,7 +117,5 @@ def _row(section: SectionReport, labelled: bool) -> tuple[str, ...]:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        table.add_column(
-            name, justify="left" if name in ("network", "section", "run", "status") else "right", overflow="fold"
-        )
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
     return table

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dcq_ray.records import RunReport
+from collections.abc import Sequence
+
+from dcq_ray.records import BitsWork, LayerPlan, RunReport
 
 ABSENT = "-"
+FULL_PRECISION = "fp32"
+LAYER_COLUMNS = ("layer", "kind", "weights", "bits", "input", "bytes", "MACs")
+WORK_COLUMNS = ("weight bits", "input bits", "MACs per sample", "share")
 
 
 def percent(fraction: float | None) -> str:
@@ -67,6 +72,54 @@ def networks(report: RunReport) -> list[tuple[str, str, str, str]]:
         rows.append((f"end-to-end {report.baseline.method}", percent(report.baseline.top1), packed, bits))
     rows.append(("stitched student", percent(report.student.top1), packed, bits))
     return rows
+
+
+def layer_rows(layers: Sequence[LayerPlan]) -> list[tuple[str, ...]]:
+    """Rows of LAYER_COLUMNS: the bits of a layer's weights and input with their schemes, bytes packed, MACs per sample."""
+    return [
+        (
+            layer.module,
+            layer.kind,
+            f"{layer.num_weights:,}",
+            quantizer(layer.scheme, layer.bits),
+            quantizer(layer.activation_scheme, layer.activation_bits),
+            size(layer.num_bytes),
+            count(layer.multiply_accumulates),
+        )
+        for layer in layers
+    ]
+
+
+def work_rows(works: Sequence[BitsWork]) -> list[tuple[str, ...]]:
+    """Rows of WORK_COLUMNS: multiply-accumulates by the bits of weights and inputs."""
+    total = sum(work.multiply_accumulates for work in works) or 1
+    return [
+        (
+            bits(work.bits),
+            bits(work.activation_bits),
+            f"{work.multiply_accumulates:,}",
+            percent(work.multiply_accumulates / total),
+        )
+        for work in works
+    ]
+
+
+def bits(number_of_bits: int) -> str:
+    """A number of bits; 32 is full precision."""
+    return FULL_PRECISION if number_of_bits == 32 else str(number_of_bits)
+
+
+def quantizer(scheme: str | None, number_of_bits: int) -> str:
+    """A scheme and its bits, as `dorefa 2`."""
+    return FULL_PRECISION if number_of_bits == 32 else f"{scheme} {number_of_bits}"
+
+
+def count(value: int) -> str:
+    """A large number in thousands, millions or billions, with three digits."""
+    for limit, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {unit}"
+    return str(value)
 
 
 def seconds(report: RunReport) -> str:
