@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -104,8 +105,11 @@ def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_pa
     pinned = dcq("plan", job_path, "--json", "--set", f"sections={{cuts: {json.dumps(cuts)}}}")
     again = json.loads(pinned.stdout)["plan"]["boundaries"]
     assert [boundary["digest"] for boundary in again] == [boundary["digest"] for boundary in made["plan"]["boundaries"]]
-    text = dcq("plan", job_path).stdout
+    text = dcq("plan", job_path, "--set", "quantize.activations={scheme: pact, bits: 4}").stdout
     assert "bytes on disk" in text
+    # conv2: 8 x 8 x 3 x 3 weights in one bit and a scale, and so many products at each of 8 x 8 pixels.
+    assert re.search(r"conv2 +Conv2d +576 +dorefa 1 +pact 4 +76 B +36\.9 k", text)
+    assert re.search(r"the whole model: [\d.]+ KiB in full precision, [\d.]+ (B|KiB) packed", text)
     assert "to pin these sections" in text
 
 
@@ -117,6 +121,9 @@ def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_pa
         (["run", "JOB", "--set", "train.lrr=1"], 2, "did you mean"),
         (["run", "JOB", "--set", "train.lr=-1", "--set", "train.epochs=-2"], 2, "2 mistakes"),
         (["plan", "JOB", "--set", "teacher.fit=null", "--set", "teacher.weights=no.pt"], 1, "no.pt"),
+        (["plan", "JOB", "--set", "quantize.weights.scheme=trn"], 2, "did you mean 'twn'"),
+        (["plan", "JOB", "--set", "quantize.weights.bits=0"], 2, "expected a whole number from 1 to 8"),
+        (["plan", "JOB", "--set", "quantize.overrides.layer9={bits: 2}"], 2, "matches no Conv or Linear layer"),
         (["report", "nowhere"], 1, "no report.json"),
         (["status", "nowhere"], 1, "no status.json"),
         (["eval", "nowhere"], 1, "job.yaml"),

@@ -15,8 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from dcq_ray.data import load_splits
 from dcq_ray.errors import (
     DataError,
+    JobError,
     PartitionError,
     QualityGateMissed,
     RunBusyError,
@@ -26,14 +28,32 @@ from dcq_ray.errors import (
     TeacherError,
 )
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import check_gate, predict, read_report, run_local
+from dcq_ray.phases import check_gate, part_top1, predict, read_report, run_local
 from dcq_ray.phases.predict import makespan, makespan_lower_bound
 from dcq_ray.phases.session import with_baseline
 from dcq_ray.phases.train import refuse_stale
+from dcq_ray.quantize import put_input_quantizers
 from dcq_ray.records import BaselineReport, PartitionPlan, Progress, RunContext, RunReport, from_json
 from dcq_ray.storage import hold_run, open_store
 
 pytestmark = pytest.mark.slow
+
+
+FUNCTIONAL_MODULE = """
+import torch
+from user_nets import UserNet
+
+
+class FunctionalHead(UserNet):
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = self.pool(torch.relu(x + self.bn2(self.conv2(x))))
+        return torch.nn.functional.linear(torch.flatten(x, 1), self.head.weight, self.head.bias)
+
+
+def net():
+    return FunctionalHead()
+"""
 
 
 class Watcher:
@@ -149,6 +169,40 @@ def test_only_sections_whose_bits_changed_are_trained_again(job_document: dict[s
     watcher = Watcher()
     run(changed(job_document, quantize__overrides={"conv2": {"bits": 3}}), tmp_path, watcher)
     assert watcher.sections("done") == [1]
+
+
+@pytest.mark.parametrize("scheme", ["dorefa", "pact", "lsq"])
+def test_low_bit_activations_are_trained_by_section_and_shipped_with_the_student(
+    job_document: dict[str, Any], tmp_path: Path, scheme: str
+) -> None:
+    document = changed(job_document, quantize__activations={"scheme": scheme, "bits": 3}, quantize__weights={"bits": 2})
+    document["quantize"]["overrides"] = {"conv1": {"activation_bits": 32}, "section:2": {"bits": 4}}
+    report = run(document, tmp_path)
+    assert [(layer.bits, layer.activation_bits) for layer in report.layers] == [(2, 32), (2, 3), (4, 3)]
+    assert [(work.bits, work.activation_bits) for work in report.multiply_accumulates_by_bits] == [
+        (2, 3),
+        (2, 32),
+        (4, 3),
+    ]
+    assert report.student is not None
+    assert report.student.top1 is not None
+    assert report.student.top1 > 0.5
+
+    import user_nets
+
+    state = safetensors.torch.load_file(tmp_path / "run" / "student.safetensors")
+    student = user_nets.user_net().eval()
+    student.load_state_dict({name: value for name, value in state.items() if not name.startswith("dcq.")})
+    put_input_quantizers(student, state)
+    test = load_splits(resolve_job(document, source="test").data, seed=0, job_folder=str(tmp_path)).test
+    assert test is not None
+    assert part_top1(student, test, 32, torch.device("cpu")) == report.student.top1
+    seen: list[torch.Tensor] = []
+    student.head.dcq_input.register_forward_hook(lambda *values: seen.append(values[2]))
+    student(test.images(np.arange(32)))
+    assert 2 < len(seen[0].unique()) <= 8
+    if scheme != "dorefa":
+        assert state["dcq.conv2.input_step"] != state["dcq.head.input_step"]
 
 
 def test_memory_does_not_change_the_student(job_document: dict[str, Any], tmp_path: Path) -> None:
@@ -305,6 +359,17 @@ def test_a_worker_of_a_replaced_driver_commits_nothing(job_document: dict[str, A
         ({"data__train_samples": 100000}, DataError, "100000|100,000"),
         ({"data__transform": "user_nets:fragile"}, DataError, "finite"),
         ({"data__channels": 3}, PartitionError, "does not run on images"),
+        ({"quantize__overrides": {"conv9.*": {"bits": 4}}}, JobError, r"'conv9\.\*' matches no .* near it: conv2, conv1;"),
+        (
+            {"quantize__overrides": {"section:7": {"bits": 4}, "conv2": {"bits": 12}}},
+            JobError,
+            r"2 mistakes\n.*'section:7' matches no .* sections are section:0 to section:2\nlayer conv2: got 12 bits",
+        ),
+        (
+            {"teacher__model": "functional_nets:net", "quantize__activations": {}},
+            JobError,
+            r"'head' asks for activation_bits 4, but the network never calls head",
+        ),
     ],
 )
 def test_bad_input_says_what_is_wrong(
@@ -313,9 +378,15 @@ def test_bad_input_says_what_is_wrong(
     document = changed(job_document, **keys)
     if "data__channels" in keys:
         document["teacher"]["fit"] = None
+    if "functional" in document["teacher"]["model"]:
+        (tmp_path / "functional_nets.py").write_text(FUNCTIONAL_MODULE)
+        document["quantize"]["overrides"] = {"head": {"activation_bits": 4}}
     with pytest.raises(error, match=told):
         run(document, tmp_path)
     assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    if error in (PartitionError, JobError) and document["teacher"]["fit"] is not None:
+        # Not even the teacher was fitted before the mistake was told.
+        assert not (tmp_path / "cache" / "teachers").exists()
 
 
 def test_the_gate(job_document: dict[str, Any], tmp_path: Path) -> None:

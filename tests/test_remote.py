@@ -28,6 +28,7 @@ def job_of(document: dict[str, Any], **storage: str) -> Job:
 @pytest.mark.slow
 @pytest.mark.ray
 def test_ray_and_in_process_give_the_same_student(job_document: dict[str, Any], tmp_path: Path) -> None:
+    job_document["quantize"] |= {"activations": {"scheme": "lsq", "bits": 4}, "weights": {"scheme": "ttq", "bits": 2}}
     local = run_local(job_of(job_document), str(tmp_path), emit=ignore_progress, owner="test")
     events: list[Progress] = []
     said: list[str] = []

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.partition import cut, quantizable_layers, trace_teacher
-from dcq_ray.quantize import LayerSite, plan_layers, put_quantizers
+from dcq_ray.partition import cut, directly_called, quantizable_layers, trace_teacher
+from dcq_ray.quantize import (
+    LayerSite,
+    activation_starts,
+    bake,
+    plan_layers,
+    put_input_quantizers,
+    put_quantizers,
+)
+from dcq_ray.quantize.modules import InputQuantizer
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
 from dcq_ray.stitch import reestimate_batchnorm, stitch
@@ -54,6 +64,59 @@ def test_stitched_equals_the_sections_one_after_the_other(tiny_teacher: nn.Modul
         value = section(value)
     assert torch.equal(student(images), value)
     assert all(torch.equal(before[name], value) for name, value in tiny_teacher.state_dict().items())
+
+
+class ChecksItsInput(nn.Module):
+    """torch.fx cannot trace the check, so the sections' graphs come from torch.export, with functions for layers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 1:
+            raise ValueError("expected grey images")
+        result: Tensor = self.network(x)
+        return result
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("scheme", ["dorefa", "pact", "lsq"])
+def test_stitching_neither_adds_nor_loses_an_activation_quantizer(
+    tiny_teacher: nn.Module, scheme: str, exported: bool
+) -> None:
+    teacher = ChecksItsInput(tiny_teacher).eval() if exported else tiny_teacher
+    images = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    traced = trace_teacher(teacher, images)
+    cuts = [traced.cut_points[index].name for index in (2, 4)]
+    sections = cut(traced, cuts)
+    sites = [
+        LayerSite(name=name, module=teacher.get_submodule(name), called=name in directly_called(section))
+        for section in sections
+        for name, _ in quantizable_layers(section)
+    ]
+    spec = {"weights": {"bits": 2}, "activations": {"scheme": scheme, "bits": 3}, "first_last_bits": None}
+    layers = plan_layers(sites, QuantizeSpec.model_validate(spec))
+    assert [layer.activation_bits for layer in layers] == [3] * 6
+    value, calls = images, []
+    for section in sections:
+        put_quantizers(section, layers, activation_starts(section, layers, [value]))
+        for parameter in section.parameters():
+            parameter.requires_grad_(False).add_(0.01)
+        for name, part in section.named_modules():
+            if isinstance(part, InputQuantizer):
+                part.register_forward_hook(lambda *_, name=name: calls.append(name))
+        value = section(value)
+    assert sorted(calls) == sorted(f"{layer.module}.dcq_input" for layer in layers)
+    student = stitch(teacher, layers, [section.state_dict() for section in sections])
+    assert torch.equal(student(images), value)
+    extra = bake(student)
+    assert torch.equal(student(images), value)
+    fresh = copy.deepcopy(teacher)
+    fresh.load_state_dict(student.state_dict())
+    put_input_quantizers(fresh, extra)
+    assert torch.equal(fresh(images), value)
+    assert not torch.equal(teacher(images), value)
 
 
 def test_foreign_misshapen_and_contradicting_tensors_are_refused(tiny_teacher: nn.Module) -> None:

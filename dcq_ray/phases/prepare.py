@@ -76,6 +76,9 @@ def prepare(
             "train.last_loss: cross-entropy needs labels, but the train images have none; use distillation, or give labels"
         )
     cache = open_store(job.storage.cache_dir)
+    if job.teacher.fit is not None:
+        # What is wrong with cuts or bits is told before hours of fitting, not after.
+        plan_job(job, planning_teacher(job, job_folder, splits, cache, here), splits, device=device, cache=cache)
     teacher = obtain_teacher(job, job_folder, splits, cache, device=here, emit=emit)
     save_teacher(cache, teacher)
     plan = plan_job(job, teacher, splits, device=device, cache=cache, earlier=earlier, save_costs=True)
@@ -202,6 +205,7 @@ def plan_job(
         unquantized_parameters=unquantized,
         num_parameters=sum(value.numel() for value in parameters.values()),
         num_unquantized=sum(parameters[name].numel() for name in unquantized),
+        uncalled_layers=tuple(site.name for site in sites if not site.called),
         num_bytes_packed=packed_num_bytes(teacher.module.state_dict(), tuple(layers.values())),
         total_multiply_accumulates=traced.total_multiply_accumulates,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +19,10 @@ from dcq_ray.callables import load_callable
 from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import DataError
-from dcq_ray.partition import cut, trace_teacher
 from dcq_ray.phases.context import Emit, Network, choose_device
 from dcq_ray.phases.prepare import part_top1
 from dcq_ray.phases.train import CALIBRATION_SAMPLES, layer_identity, refuse_stale, section_store, section_weights
-from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_quantizers
+from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers, put_quantizers
 from dcq_ray.records import (
     Progress,
     RunContext,
@@ -186,7 +185,7 @@ def finish(
     adapt_batchnorm(context, student, splits.train, device)
     extra = bake(student)
     say(2)
-    validation = validate(context, student, network, splits.held_out, device)
+    validation = validate(context, student, extra, network, splits.held_out, device)
     test_top1 = None if splits.test is None else part_top1(student, splits.test, job.data.batch_size, device)
     say(3)
     student.to("cpu")
@@ -219,18 +218,22 @@ def adapt_batchnorm(context: RunContext, student: nn.Module, train: Part, device
 
 
 def validate(
-    context: RunContext, student: nn.Module, network: Network, held_out: Part, device: torch.device
+    context: RunContext,
+    student: nn.Module,
+    extra: Mapping[str, Tensor],
+    network: Network,
+    held_out: Part,
+    device: torch.device,
 ) -> ValidationReport:
-    """The student against the teacher on held-out images: accuracy, agreement, and error at every boundary."""
+    """The baked student against the teacher on held-out images: accuracy, agreement, and error at every boundary."""
     job = context.job
     teacher = network.teacher.module.to(device)
     logits = predict(student, _images(held_out, job.data.batch_size), device)
     reference = predict(teacher, _images(held_out, job.data.batch_size), device)
     labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
     teacher_sections = [section.to(device) for section in network.sections]
-    errors = boundary_errors(
-        teacher_sections, _student_sections(context, student), _images(held_out, job.data.batch_size), device
-    )
+    student_sections = [section.to(device) for section in _student_sections(network, student.state_dict(), extra)]
+    errors = boundary_errors(teacher_sections, student_sections, _images(held_out, job.data.batch_size), device)
     return ValidationReport(
         num_samples=len(held_out),
         top1=None if labels is None else top_k(logits, labels, 1),
@@ -251,10 +254,18 @@ def _student_section(context: RunContext, result: SectionResult, network: Networ
     return module.eval()
 
 
-def _student_sections(context: RunContext, student: nn.Module) -> tuple[nn.Module, ...]:
-    device = next(iter(student.parameters())).device
-    example = torch.zeros(2, *context.plan.input_shape, device=device)
-    return tuple(section.to(device) for section in cut(trace_teacher(student, example), context.plan.cuts))
+def _student_sections(network: Network, state: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The baked student as sections, on the teacher's own graph."""
+    sections: list[nn.Module] = []
+    for section in network.sections:
+        module = copy.deepcopy(section)
+        module.load_state_dict({name: state[name] for name in module.state_dict()})
+        inside = {name for name, _ in module.named_modules()}
+        # A key is dcq.<module>.<what>.
+        own = {key: value for key, value in extra.items() if key.removeprefix("dcq.").rpartition(".")[0] in inside}
+        put_input_quantizers(module, own)
+        sections.append(module.eval())
+    return sections
 
 
 def _images(part: Part, batch_size: int) -> Iterator[Tensor]:

@@ -185,4 +185,10 @@ def _notes(session: RunSession) -> tuple[str, ...]:
             f"Not quantized, since not the weight of a Conv or Linear layer: {names}{more}: {plan.num_unquantized:,} numbers, "
             f"{100 * plan.unquantized_share:.1f} % of the parameters."
         )
+    if session.context.job.quantize.activations is not None and plan.uncalled_layers:
+        names = ", ".join(plan.uncalled_layers[:5])
+        more = ", …" if len(plan.uncalled_layers) > 5 else ""
+        notes.append(
+            f"Inputs not quantized, since the network uses the weight without calling the layer: {names}{more}."
+        )
     return tuple(notes)
