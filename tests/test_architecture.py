@@ -50,6 +50,7 @@ def test_every_test_module_mirrors_a_module() -> None:
     names = {name.removeprefix("dcq_ray.").replace(".", "_") for name in MODULES} | {
         "architecture",
         "packaging",
+        "zoo",
         "jobs",
     }
     strays = {
