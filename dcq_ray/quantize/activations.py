@@ -1,12 +1,13 @@
 """Activation quantizers as pure functions.
 
-x is the input of a layer, k its bits, a the clip, s = a / high the step. Where the values seen are never negative (after a
-ReLU) the levels are 0 … high = 2^k - 1 times s; where they are negative too (images, joins, GELU) they are symmetric,
--high … high with high = 2^(k-1) - 1, and for one bit -a and +a. What is computed is the same for all three,
+x is the input of a layer, k its bits, a the clip, s = a / high the step. Levels without a sign are 0 … high = 2^k - 1 times s;
+levels with one are symmetric, -high … high with high = 2^(k-1) - 1, and for one bit -a and +a. After a ReLU there is no sign;
+images and joins want one; what is negative only a little (GELU, SiLU) wants one where many bits leave levels for it: data
+decide, by least squared error. What is computed is the same for all three,
 
     y = s clamp(round(x / s), low, high)
 
-with the rounding of ONNX's QuantizeLinear; they differ in where the clip comes from and in gradients:
+with the rounding of ONNX's QuantizeLinear, in float32 at least; they differ in where the clip comes from and in gradients:
 
     dorefa  a fixed, found from data; x passes inside the clip           (DoReFa-Net, eq. 5 and 11, where a = 1)
     pact    a learned: dy/da = 1 where x >= a (-1 where x <= -a)         (PACT, arXiv 1805.06085, eq. 3)
@@ -21,7 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcq_ray.quantize.weights import least_squares_clip, lsq
+from dcq_ray.errors import QuantizeError
+from dcq_ray.quantize.weights import (
+    least_squares_clip,
+    lsq,
+    nearest_level,
+    search_sample,
+    working,
+)
+
+# A start is searched on the so many largest values and so many of the others.
+NUM_EXTREME_SEARCHED = 1024
+NUM_OTHERS_SEARCHED = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,18 +51,17 @@ def level_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def round_to_levels(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """step * clamp(round(value / step), low, high); no gradient is defined here."""
+    """step * clamp(round(value / step), low, high), one signed bit: -step below 0, else +step; no gradient is defined here."""
     low, high = level_range(bits, signed)
     if bits == 1 and signed:
         return torch.where(value >= 0, step, -step).to(value.dtype)
-    return torch.round(value / step).clamp_(low, high).mul_(step)
+    return nearest_level(value, step, low, high)
 
 
 def dorefa_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-    """Fixed clip; the gradient passes inside it and is 0 outside."""
-    low, high = level_range(bits, signed)
-    clipped = torch.minimum(torch.maximum(value, low * step), high * step)
-    return clipped + (round_to_levels(value.detach(), step, bits, signed) - clipped).detach()
+    """Fixed clip; the gradient passes inside it, ends included, and is 0 outside."""
+    result: Tensor = _Clipped.apply(value, step, bits, signed)  # type: ignore[no-untyped-call]
+    return result
 
 
 def pact_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
@@ -62,7 +73,7 @@ def pact_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Ten
 def lsq_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Learned step; gradients as `lsq`, scaled by one over the root of (values per sample times the highest level)."""
     low, high = level_range(bits, signed)
-    gradient_scale = (max(1, value[0].numel()) * high) ** -0.5
+    gradient_scale = (max(1, value.shape[1:].numel()) * high) ** -0.5
     if bits == 1 and signed:
         result: Tensor = _SignedBit.apply(value, step, gradient_scale)  # type: ignore[no-untyped-call]
         return result
@@ -70,15 +81,56 @@ def lsq_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tens
 
 
 def activation_start(values: Tensor, bits: int) -> ActivationStart:
-    """The start for values seen at a layer's input: the clip of least squared error among fractions of the largest."""
+    """The start for values seen at a layer's input, in any order: the sign and the clip of least squared error.
+
+    Without a sign where both are as good. No values or only zeros give a clip of 1.
+
+    Raises:
+        QuantizeError: a value is not finite.
+    """
+    # Sorted, the same values give the same sums, and so the same start, in whatever order they came.
+    values = values.flatten().float().sort().values
     if not values.numel() or not values.any():
         return ActivationStart()
-    signed = bool((values < 0).any())
-    _, high = level_range(bits, signed)
-    clip = least_squares_clip(
-        values.reshape(1, -1).float(), lambda rows, clips: round_to_levels(rows, clips / high, bits, signed)
-    )
-    return ActivationStart(clip=float(clip), signed=signed)
+    if not torch.isfinite(values).all():
+        raise QuantizeError(
+            "quantize.activations: the input of a layer holds values that are not finite, so there is no clip for it; expected "
+            "finite activations of the teacher on the train images; check its weights and the images, or leave that input "
+            "alone with activation_bits: 32 under quantize.overrides"
+        )
+    largest = values.abs().max()
+    rows, counts = search_sample((values / largest).reshape(1, -1), NUM_EXTREME_SEARCHED, NUM_OTHERS_SEARCHED)
+
+    def found(signed: bool) -> tuple[float, float]:
+        _, high = level_range(bits, signed)
+
+        def quantize(rows: Tensor, clips: Tensor) -> Tensor:
+            return round_to_levels(rows, clips / high, bits, signed)
+
+        clip = least_squares_clip(rows, quantize, counts=counts)
+        return float(((quantize(rows, clip) - rows).square() * counts).sum()), float(clip)
+
+    error, clip = found(False)
+    signed = False
+    if values[0] < 0:
+        signed_error, signed_clip = found(True)
+        if signed_error < error:
+            clip, signed = signed_clip, True
+    return ActivationStart(clip=clip * float(largest), signed=signed)
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
+        low, high = level_range(bits, signed)
+        full = working(value)
+        ctx.save_for_backward((full >= low * step) & (full <= high * step))
+        return round_to_levels(value, step, bits, signed)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (inside,) = ctx.saved_tensors
+        return gradient * inside, None, None, None
 
 
 class _Pact(torch.autograd.Function):
@@ -92,15 +144,14 @@ class _Pact(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         value, step = ctx.saved_tensors
         low, high = ctx.range
-        clip = high * step
-        above = value >= clip
-        below = value <= low * step
-        # The step is the clip over the highest level, so its gradient is the clip's times that level.
-        of_clip = (gradient * above).sum()
+        full, clip = working(value), high * step
+        above = full >= clip
+        below = full <= -clip if low < 0 else full < 0
+        of_clip = (working(gradient) * above).sum()
         if low < 0:
-            of_clip = of_clip - (gradient * below).sum()
-        inside = ~(above | below) if low < 0 else (value >= 0) & ~above
-        return gradient * inside, (high * of_clip).reshape(step.shape), None, None
+            of_clip = of_clip - (working(gradient) * below).sum()
+        # The step is the clip over the highest level, so its gradient is the clip's times that level.
+        return gradient * ~(above | below), (high * of_clip).reshape(step.shape).to(step.dtype), None, None
 
 
 class _SignedBit(torch.autograd.Function):
@@ -108,13 +159,13 @@ class _SignedBit(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, step: Tensor, gradient_scale: float) -> Tensor:
         ctx.save_for_backward(value, step)
         ctx.gradient_scale = gradient_scale
-        return torch.where(value >= 0, step, -step)
+        return round_to_levels(value, step, 1, True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         value, step = ctx.saved_tensors
-        scaled = value / step
+        scaled = working(value) / step
         inside = scaled.abs() < 1
-        sign = torch.where(value >= 0, 1.0, -1.0)
+        sign = torch.where(scaled >= 0, 1.0, -1.0)
         of_step = torch.where(inside, sign - scaled, sign) * gradient
-        return gradient * inside, of_step.sum_to_size(step.shape) * ctx.gradient_scale, None
+        return gradient * inside, (of_step.sum_to_size(step.shape) * ctx.gradient_scale).to(step.dtype), None

@@ -25,15 +25,19 @@ from dcq_ray.quantize.weights import (
     least_squares_clip,
     least_squares_scale,
     lsq_weight,
+    nearest_level,
+    search_sample,
     ttq_weight,
     twn_weight,
+    working,
     wrpn_weight,
     xnor_weight,
 )
 
-# Starting points are searched on so many values of a weight; more would change them little and take long.
-MAX_SEARCHED = 65536
-MAX_SEARCHED_PER_CHANNEL = 256
+# Starting points are searched on the so many largest and so many other values, of a weight or a channel; more would change
+# them little and take long.
+SEARCHED = (4096, 65536)
+SEARCHED_PER_CHANNEL = (64, 256)
 LEARNED_ACTIVATIONS = ("pact", "lsq")
 
 
@@ -53,7 +57,13 @@ class WeightQuantizer(nn.Module):
     def __init__(self, scheme: str, bits: int, weight: Tensor, channel_dim: int) -> None:
         super().__init__()
         self.scheme, self.bits, self.channel_dim = scheme, bits, channel_dim
-        weight = weight.detach()
+        if not weight.numel():
+            raise QuantizeError(
+                f"quantize.weights: a weight of shape {tuple(weight.shape)} holds no numbers, so {scheme} has nothing to start "
+                "from; leave that layer alone with bits: 32 under quantize.overrides"
+            )
+        # In bfloat16 a learned step would not move by a learning rate of a thousandth.
+        weight = working(weight.detach())
         if scheme == "dorefa" and bits > 1:
             # Equation 9 gives weights in [-1, 1] whatever the teacher's were; a pretrained network would not survive that.
             self.register_buffer("scale", least_squares_scale(weight, dorefa_weight(weight, bits)))
@@ -62,21 +72,19 @@ class WeightQuantizer(nn.Module):
         elif scheme in ("lsq", "lsq-channel"):
             high = 2 ** (bits - 1) - 1
             clip = _least_squares_clip(weight, channel_dim if scheme == "lsq-channel" else None, high, 1)
+            # Flat, since optimizers know what is no weight, and must not decay, by its having fewer than two dimensions.
             self.log_step = nn.Parameter(torch.log(clip / high))
         elif scheme == "ttq":
-            threshold = TTQ_THRESHOLD * weight.abs().max()
-            above, below = weight > threshold, weight < -threshold
-            mean = weight.abs().mean().clamp_min(torch.finfo(weight.dtype).tiny)
-            self.log_positive = nn.Parameter(torch.log(weight[above].mean() if above.any() else mean))
-            self.log_negative = nn.Parameter(torch.log(-weight[below].mean() if below.any() else mean))
+            positive, negative = _ternary_means(weight)
+            self.log_positive = nn.Parameter(torch.log(positive))
+            self.log_negative = nn.Parameter(torch.log(negative))
         elif scheme not in ("dorefa", "xnor", "twn"):
             raise QuantizeError(f"quantize.weights.scheme: there is no scheme {scheme!r}")
 
     def forward(self, weight: Tensor) -> Tensor:
         """The quantized weight."""
         if self.scheme == "dorefa":
-            levels = dorefa_weight(weight, self.bits)
-            return levels if self.bits == 1 else self.scale * levels
+            return dorefa_weight(weight, self.bits, None if self.bits == 1 else self.scale)
         if self.scheme == "xnor":
             return xnor_weight(weight, self.channel_dim)
         if self.scheme == "twn":
@@ -85,27 +93,32 @@ class WeightQuantizer(nn.Module):
             return ttq_weight(weight, self.log_positive.exp(), self.log_negative.exp())
         if self.scheme == "wrpn":
             return wrpn_weight(weight, self.scale, self.bits)
-        return lsq_weight(weight, self.log_step.exp(), self.bits)
+        step = self.log_step.exp()
+        if self.scheme == "lsq-channel":
+            step = step.reshape([-1 if dim == self.channel_dim else 1 for dim in range(weight.ndim)])
+        return lsq_weight(weight, step, self.bits)
 
     def scales(self, weight: Tensor) -> Tensor:
-        """The scale of the levels, float32 []; [channels] where each has its own; [2] for the two of ttq (+, -).
+        """What integers are multiplied by to give the weight, to the bit: `weights` has the integers of every scheme.
 
-        dorefa of k > 1 bits and wrpn: the largest level; lsq: the step; all others: the size of the levels but 0.
+        []; [channels] for xnor and lsq-channel; [2] for the two levels of ttq (+, -). float32, of a float64 weight float64.
         """
         weight = weight.detach()
         if self.scheme == "dorefa":
-            found = weight.abs().mean() if self.bits == 1 else self.scale
+            found = (
+                working(dorefa_weight(weight, 1)).abs().amax() if self.bits == 1 else self.scale / (2**self.bits - 1)
+            )
         elif self.scheme == "xnor":
             found = channel_means(weight.abs(), self.channel_dim).flatten()
         elif self.scheme == "twn":
-            found = twn_weight(weight).abs().max()
+            found = working(twn_weight(weight)).abs().amax()
         elif self.scheme == "ttq":
             found = torch.stack([self.log_positive.exp(), self.log_negative.exp()])
         elif self.scheme == "wrpn":
-            found = self.scale
+            found = self.scale / (2 ** (self.bits - 1) - 1)
         else:
-            found = self.log_step.exp().flatten() if self.scheme == "lsq-channel" else self.log_step.exp().reshape(())
-        return found.detach().float().cpu()
+            found = self.log_step.exp()
+        return working(found.detach()).cpu()
 
 
 class InputQuantizer(nn.Module):
@@ -152,19 +165,23 @@ class FrozenInputQuantizer(nn.Module):
         return round_to_levels(value, self.step, self.bits, self.signed)
 
 
+def _ternary_means(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of the weights above TTQ's threshold and, in size, of those below minus it; where there are none, the other."""
+    threshold = TTQ_THRESHOLD * weight.abs().amax()
+    above, below = weight[weight > threshold], -weight[weight < -threshold]
+    sides = [side.double().mean().to(weight.dtype) for side in (above, below) if side.numel()]
+    return (sides[0], sides[-1]) if sides else (torch.ones_like(threshold), torch.ones_like(threshold))
+
+
 def _least_squares_clip(weight: Tensor, channel_dim: int | None, high: int, extra_low: int) -> Tensor:
-    """The clip of least squared error for levels -high - extra_low … high, shaped to broadcast against the weight."""
+    """The clip of least squared error for levels -high - extra_low … high: [], or [channels] where there is a dimension."""
 
     def quantize(rows: Tensor, clips: Tensor) -> Tensor:
-        step = clips / high
-        return torch.round(rows / step).clamp_(-high - extra_low, high).mul_(step)
+        return nearest_level(rows, clips / high, -high - extra_low, high)
 
     if channel_dim is None:
-        stride = -(-weight.numel() // MAX_SEARCHED)
-        return least_squares_clip(weight.reshape(1, -1)[:, ::stride].float(), quantize).reshape(()).to(weight.dtype)
-    rows = weight.transpose(0, channel_dim).reshape(weight.shape[channel_dim], -1)
-    stride = -(-rows.shape[1] // MAX_SEARCHED_PER_CHANNEL)
-    clips = least_squares_clip(rows[:, ::stride].float(), quantize).to(weight.dtype)
-    shape = [1] * weight.ndim
-    shape[channel_dim] = -1
-    return clips.reshape(shape)
+        rows, counts = search_sample(weight.reshape(1, -1), *SEARCHED)
+        return least_squares_clip(rows, quantize, counts=counts).reshape(())
+    channels = weight.transpose(0, channel_dim).reshape(weight.shape[channel_dim], -1)
+    rows, counts = search_sample(channels, *SEARCHED_PER_CHANNEL)
+    return least_squares_clip(rows, quantize, counts=counts).flatten()
