@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
 from dcq_ray.quantize.activations import ActivationStart
+from dcq_ray.quantize.functions import nearest_level
 from dcq_ray.quantize.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
-from dcq_ray.quantize.weights import dorefa_weight, lsq_weight, nearest_level
+from dcq_ray.quantize.weights import dorefa_weight, lsq_weight
 from dcq_ray.spec import WEIGHT_SCHEME_BITS
 
 WEIGHT_SCHEMES = [

@@ -20,15 +20,7 @@ from dcq_ray.quantize.activations import (
     pact_activation,
 )
 from dcq_ray.quantize.modules import InputQuantizer, WeightQuantizer
-from dcq_ray.quantize.weights import (
-    dorefa_weight,
-    lsq,
-    lsq_weight,
-    ttq_weight,
-    twn_weight,
-    wrpn_weight,
-    xnor_weight,
-)
+from dcq_ray.quantize.weights import dorefa_weight, lsq, lsq_weight, ttq_weight, twn_weight, wrpn_weight, xnor_weight
 
 Array = npt.NDArray[np.float64]
 

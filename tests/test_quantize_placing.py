@@ -265,3 +265,10 @@ def test_packed_bytes_by_hand() -> None:
     extra = bake(module)
     # 9 weights of 2 bits in 3 bytes, a scale of 4, a bias of 12, a step of 4 for the input
     assert packed_num_bytes({**module.state_dict(), **extra}, layers) == 23
+
+
+def test_an_input_that_is_not_finite_is_refused_by_the_layers_name() -> None:
+    teacher = teacher_of("Linear", 0)
+    layers = plans_of(teacher, activations={"scheme": "lsq", "bits": 4})
+    with pytest.raises(QuantizeError, match="^layer 0: .*not finite"):
+        activation_starts(teacher, layers, [torch.full((2, 4), float("inf"))])

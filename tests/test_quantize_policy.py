@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from dcq_ray.errors import JobError, QuantizeError
-from dcq_ray.quantize import LayerSite, plan_layers
+from dcq_ray.quantize import LayerSite, packed_num_bytes, plan_layers
 from dcq_ray.quantize.policy import channel_dim
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
@@ -98,6 +98,15 @@ def test_packed_bytes_of_a_layer_by_hand(weights: dict[str, Any], expected: int)
 def test_bytes_of_a_layer_that_is_left_alone_are_its_own() -> None:
     # 4 filters of 1 * 3 * 3 float32
     assert plan(first_last_bits=32)[0].num_bytes == 4 * 36
+
+
+def test_tied_weights_and_scales_of_inputs_are_packed_once() -> None:
+    network = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 2))
+    network[1].weight = network[0].weight
+    layers = [LayerSite(name=name, module=network.get_submodule(name)) for name in ("0", "1", "2")]
+    planned = plan(layers, activations={"scheme": "lsq", "bits": 4}, first_last_bits=None)
+    # 64 weights of 1 bit and a scale; 16 of 1 bit and a scale; a bias of two; a scale for each of three inputs
+    assert packed_num_bytes(network.state_dict(), planned) == (8 + 4) + (2 + 4) + 8 + 3 * 4
 
 
 def test_output_channels_of_transposed_convolutions_come_second() -> None:

@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcq_ray.errors import QuantizeError
+from dcq_ray.quantize.functions import nearest_level
+from dcq_ray.quantize.starts import least_squares_clip, least_squares_scale, search_sample, spread_stride
 from dcq_ray.quantize.weights import (
     channel_means,
     dorefa_weight,
-    least_squares_clip,
-    least_squares_scale,
     lsq,
     lsq_weight,
-    nearest_level,
-    search_sample,
-    spread_stride,
     ttq_weight,
     twn_weight,
     wrpn_weight,
@@ -462,7 +459,8 @@ def test_the_clip_is_that_of_a_search_through_thousands(name: str, high: int, lo
     rows = DISTRIBUTIONS[name](1000).reshape(1, -1)
 
     def error(clips: Tensor) -> Tensor:
-        return (nearest_level(rows, clips / high, low, high) - rows).square().sum(dim=1)
+        every = rows.expand(len(clips), -1)
+        return (nearest_level(every, clips / high, low, high) - every).square().sum(dim=1)
 
     grid = torch.linspace(0.0005, 1.3, 3000).reshape(-1, 1) * rows.abs().max()
     found = error(least_squares_clip(rows, uniform(high, low)))

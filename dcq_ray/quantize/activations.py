@@ -17,19 +17,13 @@ with the rounding of ONNX's QuantizeLinear, in float32 at least; they differ in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.weights import (
-    least_squares_clip,
-    lsq,
-    nearest_level,
-    search_sample,
-    working,
-)
+from dcq_ray.quantize.functions import Clipped, LearnedClip, LearnedStep, level
+from dcq_ray.quantize.starts import least_squares_clip, search_sample
 
 # A start is searched on the so many largest values and so many of the others.
 NUM_EXTREME_SEARCHED = 1024
@@ -52,32 +46,27 @@ def level_range(bits: int, signed: bool) -> tuple[int, int]:
 
 def round_to_levels(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """step * clamp(round(value / step), low, high), one signed bit: -step below 0, else +step; no gradient is defined here."""
-    low, high = level_range(bits, signed)
-    if bits == 1 and signed:
-        return torch.where(value >= 0, step, -step).to(value.dtype)
-    return nearest_level(value, step, low, high)
+    return level(value, step, *_levels(bits, signed))
 
 
 def dorefa_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Fixed clip; the gradient passes inside it, ends included, and is 0 outside."""
-    result: Tensor = _Clipped.apply(value, step, bits, signed)  # type: ignore[no-untyped-call]
+    result: Tensor = Clipped.apply(value, step, *_levels(bits, signed))  # type: ignore[no-untyped-call]
     return result
 
 
 def pact_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Learned clip; the value's gradient passes inside it, the clip's is 1 at and above it and -1 at and below minus it."""
-    result: Tensor = _Pact.apply(value, step, bits, signed)  # type: ignore[no-untyped-call]
+    result: Tensor = LearnedClip.apply(value, step, *_levels(bits, signed))  # type: ignore[no-untyped-call]
     return result
 
 
 def lsq_activation(value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
     """Learned step; gradients as `lsq`, scaled by one over the root of (values per sample times the highest level)."""
-    low, high = level_range(bits, signed)
+    _, high = level_range(bits, signed)
     gradient_scale = (max(1, value.shape[1:].numel()) * high) ** -0.5
-    if bits == 1 and signed:
-        result: Tensor = _SignedBit.apply(value, step, gradient_scale)  # type: ignore[no-untyped-call]
-        return result
-    return lsq(value, step, low, high, gradient_scale)
+    result: Tensor = LearnedStep.apply(value, step, *_levels(bits, signed), gradient_scale)  # type: ignore[no-untyped-call]
+    return result
 
 
 def activation_start(values: Tensor, bits: int) -> ActivationStart:
@@ -119,53 +108,6 @@ def activation_start(values: Tensor, bits: int) -> ActivationStart:
     return ActivationStart(clip=clip * float(largest), signed=signed)
 
 
-class _Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-        low, high = level_range(bits, signed)
-        full = working(value)
-        ctx.save_for_backward((full >= low * step) & (full <= high * step))
-        return round_to_levels(value, step, bits, signed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None
-
-
-class _Pact(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, step: Tensor, bits: int, signed: bool) -> Tensor:
-        ctx.save_for_backward(value, step)
-        ctx.range = level_range(bits, signed)
-        return round_to_levels(value, step, bits, signed)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        value, step = ctx.saved_tensors
-        low, high = ctx.range
-        full, clip = working(value), high * step
-        above = full >= clip
-        below = full <= -clip if low < 0 else full < 0
-        of_clip = (working(gradient) * above).sum()
-        if low < 0:
-            of_clip = of_clip - (working(gradient) * below).sum()
-        # The step is the clip over the highest level, so its gradient is the clip's times that level.
-        return gradient * ~(above | below), (high * of_clip).reshape(step.shape).to(step.dtype), None, None
-
-
-class _SignedBit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, step: Tensor, gradient_scale: float) -> Tensor:
-        ctx.save_for_backward(value, step)
-        ctx.gradient_scale = gradient_scale
-        return round_to_levels(value, step, 1, True)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        value, step = ctx.saved_tensors
-        scaled = working(value) / step
-        inside = scaled.abs() < 1
-        sign = torch.where(scaled >= 0, 1.0, -1.0)
-        of_step = torch.where(inside, sign - scaled, sign) * gradient
-        return gradient * inside, (of_step.sum_to_size(step.shape) * ctx.gradient_scale).to(step.dtype), None
+def _levels(bits: int, signed: bool) -> tuple[int, int, bool]:
+    """The lowest and the highest integer level, and whether there is a 0."""
+    return (*level_range(bits, signed), not (bits == 1 and signed))

@@ -6,6 +6,8 @@ is not learned is a buffer. Starting points are those of least squared error on 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,18 +20,15 @@ from dcq_ray.quantize.activations import (
     pact_activation,
     round_to_levels,
 )
+from dcq_ray.quantize.functions import nearest_level, working
+from dcq_ray.quantize.starts import least_squares_clip, least_squares_scale, search_sample
 from dcq_ray.quantize.weights import (
     TTQ_THRESHOLD,
     channel_means,
     dorefa_weight,
-    least_squares_clip,
-    least_squares_scale,
     lsq_weight,
-    nearest_level,
-    search_sample,
     ttq_weight,
     twn_weight,
-    working,
     wrpn_weight,
     xnor_weight,
 )
@@ -132,6 +131,8 @@ class InputQuantizer(nn.Module):
         self.scheme, self.bits = scheme, bits
         # A buffer, since it comes from data: whoever loads the state gets it too.
         self.register_buffer("signed", torch.tensor(start.signed))
+        # The same as a plain flag: to ask the buffer would wait for the GPU at every call.
+        self._signed = start.signed
         log_clip = torch.tensor(start.clip).log()
         if scheme in LEARNED_ACTIVATIONS:
             self.log_clip = nn.Parameter(log_clip)
@@ -141,13 +142,17 @@ class InputQuantizer(nn.Module):
     @property
     def step(self) -> Tensor:
         """The distance of neighbouring levels (one signed bit: half of it)."""
-        _, high = level_range(self.bits, bool(self.signed))
+        _, high = level_range(self.bits, self._signed)
         return self.log_clip.exp() / high
 
     def forward(self, value: Tensor) -> Tensor:
         """The quantized input."""
         function = {"dorefa": dorefa_activation, "pact": pact_activation, "lsq": lsq_activation}[self.scheme]
-        return function(value, self.step, self.bits, bool(self.signed))
+        return function(value, self.step, self.bits, self._signed)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._signed = bool(self.signed)
 
 
 class FrozenInputQuantizer(nn.Module):

@@ -23,6 +23,7 @@ from dcq_ray.errors import QuantizeError
 from dcq_ray.quantize.activations import ActivationStart, activation_start
 from dcq_ray.quantize.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
 from dcq_ray.quantize.policy import UNQUANTIZED_BITS, channel_dim, layer_weight
+from dcq_ray.quantize.starts import spread_stride
 from dcq_ray.records import LayerPlan
 
 INPUT_QUANTIZER = "dcq_input"
@@ -59,7 +60,11 @@ def put_quantizers(
 def activation_starts(
     module: nn.Module, layers: Sequence[LayerPlan], batches: Iterable[Tensor]
 ) -> dict[str, ActivationStart]:
-    """Where activation quantizers start, from the inputs that the layers of a full-precision module see on some batches."""
+    """Where activation quantizers start, from the inputs that the layers of a full-precision module see on some batches.
+
+    Raises:
+        QuantizeError: an input is not finite; the layer is named.
+    """
     modules = dict(module.named_modules())
     wanted = [layer for layer in layers if layer.activation_scheme is not None and layer.module in modules]
     if not wanted:
@@ -69,9 +74,7 @@ def activation_starts(
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].detach().flatten()
-            # A stride that is odd does not keep to one channel or column.
-            stride = max(1, -(-values.numel() // MAX_SEEN_PER_BATCH)) | 1
-            seen[name].append(values[::stride].float().cpu())
+            seen[name].append(values[:: spread_stride(values.numel(), MAX_SEEN_PER_BATCH)].float().cpu())
 
         return hook
 
@@ -83,11 +86,14 @@ def activation_starts(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        layer.module: activation_start(torch.cat(seen[layer.module]), layer.activation_bits)
-        for layer in wanted
-        if seen[layer.module]
-    }
+    starts = {}
+    for layer in wanted:
+        if seen[layer.module]:
+            try:
+                starts[layer.module] = activation_start(torch.cat(seen[layer.module]), layer.activation_bits)
+            except QuantizeError as error:
+                raise QuantizeError(f"layer {layer.module}: {error}") from error
+    return starts
 
 
 def bake(module: nn.Module) -> dict[str, Tensor]:

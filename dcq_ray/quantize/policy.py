@@ -71,11 +71,14 @@ def packed_num_bytes(state: Mapping[str, Tensor], layers: Sequence[LayerPlan]) -
     """Bytes of a student whose quantized weights are packed in bits, with 4-byte scales; the rest as it is."""
     quantized = {f"{layer.module}.weight": layer for layer in layers if layer.bits < UNQUANTIZED_BITS}
     total = 0
+    counted: set[tuple[int, tuple[int, ...]]] = set()
     for name, tensor in state.items():
-        if name in quantized:
-            total += quantized[name].num_bytes
-        elif not name.startswith("dcq."):
-            total += tensor.numel() * tensor.element_size()
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if name.startswith("dcq.") or (place in counted and tensor.numel()):
+            continue
+        # Tied weights, which lie in memory once, are packed once.
+        counted.add(place)
+        total += quantized[name].num_bytes if name in quantized else tensor.numel() * tensor.element_size()
     return total + SCALE_BYTES * sum(layer.activation_bits < UNQUANTIZED_BITS for layer in layers)
 
 
