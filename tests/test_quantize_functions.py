@@ -101,6 +101,21 @@ def test_a_step_per_channel_is_that_many_steps(channels_last: bool) -> None:
         torch.testing.assert_close(of_steps[channel].reshape(()), step.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("function", [Clipped, LearnedClip, LearnedStep])
+def test_a_single_step_may_have_the_dimensions_of_the_values(function: type[torch.autograd.Function]) -> None:
+    value = torch.randn(1, NUM_VALUES + 3, generator=torch.Generator().manual_seed(4))
+    rest = (0.5,) if function is LearnedStep else ()
+
+    def found(step: Tensor) -> list[Tensor]:
+        inputs = (value,) if function is Clipped else (value, step)
+        return list(
+            gradients(lambda v, s=step: function.apply(v, s, -7, 7, True, *rest), *inputs)  # type: ignore[misc]
+        )
+
+    for one, other in zip(found(torch.tensor(0.2)), found(torch.tensor([[0.2]])), strict=True):
+        assert torch.equal(one.reshape(other.shape), other)
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 99), threshold=st.floats(0.0, 2.0))
 def test_ternary_levels_and_gradients_are_those_of_the_plain_formulas(seed: int, threshold: float) -> None:

@@ -270,5 +270,5 @@ def test_packed_bytes_by_hand() -> None:
 def test_an_input_that_is_not_finite_is_refused_by_the_layers_name() -> None:
     teacher = teacher_of("Linear", 0)
     layers = plans_of(teacher, activations={"scheme": "lsq", "bits": 4})
-    with pytest.raises(QuantizeError, match="^layer 0: .*not finite"):
+    with pytest.raises(QuantizeError, match=r"^layer 0: .*not finite"):
         activation_starts(teacher, layers, [torch.full((2, 4), float("inf"))])

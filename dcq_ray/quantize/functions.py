@@ -31,7 +31,7 @@ def working(value: Tensor) -> Tensor:
 
 def nearest_level(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """step * clamp(round(value / step), low, high) in the value's dtype, a constant; `step` is a scalar, or broadcasts to it."""
-    full, step = working(value.detach()), step.detach()
+    full, step = working(value.detach()), _scalar(step.detach())
     result = torch.empty_like(full)
     for out, part in _stretches(step, result, full):
         torch.div(part, step, out=out).round_().clamp_(low, high).mul_(step).add_(0.0)
@@ -71,7 +71,7 @@ class Clipped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, step: Tensor, low: int, high: int, has_zero: bool) -> Tensor:
-        ctx.save_for_backward(value, step)
+        ctx.save_for_backward(value, _scalar(step))
         ctx.range = (low, high)
         return level(value, step, low, high, has_zero)
 
@@ -104,8 +104,9 @@ class LearnedStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # type: ignore[override]
-        value, step = ctx.saved_tensors
+        value, given_step = ctx.saved_tensors
         low, high, has_zero, gradient_scale = ctx.settings
+        step = _scalar(given_step)
         full, incoming = working(value), working(gradient)
         result, of_step = torch.empty_like(incoming), torch.zeros_like(step, dtype=full.dtype)
         for out, part, given in _stretches(step, result, full, incoming):
@@ -114,7 +115,8 @@ class LearnedStep(torch.autograd.Function):
             slope = integers.sub_(passed(scaled, scaled, low, high))
             of_step += slope.mul_(given).sum_to_size(step.shape)
             passed.grad_input(given, scaled, low, high, grad_input=out)
-        return result.to(gradient.dtype), (of_step * gradient_scale).to(step.dtype), None, None, None, None
+        of_step = (of_step * gradient_scale).reshape(given_step.shape).to(step.dtype)
+        return result.to(gradient.dtype), of_step, None, None, None, None
 
 
 class LearnedClip(torch.autograd.Function):
@@ -132,9 +134,10 @@ class LearnedClip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        value, step = ctx.saved_tensors
+        value, given_step = ctx.saved_tensors
         low, high = ctx.range
         least = low or BELOW_ZERO
+        step = _scalar(given_step)
         full, incoming = working(value), working(gradient)
         result, of_clip = torch.empty_like(incoming), torch.zeros((), dtype=full.dtype, device=full.device)
         for out, part, given in blocks(result, full, incoming):
@@ -143,7 +146,7 @@ class LearnedClip(torch.autograd.Function):
             # What did not pass came from above the clip, or from below the lowest level, which moves with the clip or is 0.
             sides = scaled.sign_() if low else scaled.sign_().clamp_(min=0)
             of_clip += torch.dot((given - out).reshape(-1), sides.reshape(-1))
-        return result.to(gradient.dtype), (high * of_clip).reshape(step.shape).to(step.dtype), None, None, None
+        return result.to(gradient.dtype), (high * of_clip).reshape(given_step.shape).to(step.dtype), None, None, None
 
 
 class TernaryLevels(torch.autograd.Function):
@@ -210,6 +213,11 @@ class TanhLevels(torch.autograd.Function):
 def level(value: Tensor, step: Tensor, low: int, high: int, has_zero: bool) -> Tensor:
     """The nearest of low … high steps; without a zero the levels are minus and plus one step."""
     return nearest_level(value, step, low, high) if has_zero else signed_level(value, step)
+
+
+def _scalar(step: Tensor) -> Tensor:
+    # A single step of shape [1, 1] would give a stretch a dimension more.
+    return step.reshape(()) if step.numel() == 1 else step
 
 
 def _stretches(step: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
