@@ -39,6 +39,7 @@ caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; }
+.scroll + .scroll { margin-top: 1.5rem; }
 figure { margin: 1rem 0 0; color: var(--ink); } figure svg { width: 100%; height: auto; max-width: 46rem; }
 figcaption { color: var(--soft); }
 code { font-size: .9em; overflow-wrap: anywhere; }
