@@ -1,15 +1,17 @@
 """Train a module: batches of (input, target) in, a result out.
 
 The one training loop: for a section, for the teacher's fit, for a rival. It knows neither where batches come from nor what
-is trained, and draws no random numbers, so the same batches give the same weights.
+is trained, and draws no random numbers, so the same batches give the same weights, also from a `TrainingState` on. Where
+states are kept is the caller's business.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,26 @@ class TrainingResult:
     loss_curve: tuple[LossPoint, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainingState:
+    """A training after some of its steps: all that the same module, settings and batches need to go on from there.
+
+    Tensors are copies on the CPU.
+    """
+
+    num_steps: int
+    num_sample_passes: int
+    module: Mapping[str, Tensor]
+    """The module's state_dict, BatchNorm's statistics included."""
+    optimizer: Mapping[str, Tensor]
+    """`SLOT.PARAMETER` -> tensor, such as `exp_avg.conv1.weight`."""
+    losses: tuple[float, ...]
+    """Of every step."""
+    seconds: float
+    """Spent so far, by every process that took part."""
+    input_wait_seconds: float
+
+
 def nmse(output: Tensor, target: Tensor) -> Tensor:
     """Normalised mean squared error of a batch: sum (o - t)^2 / sum t^2; an all-zero target divides by the least float."""
     _same_shape(output, target)
@@ -59,6 +81,18 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of logits [N, K] on labels [N], int64."""
     return functional.cross_entropy(output, target)
+
+
+def smoothed_cross_entropy(label_smoothing: float) -> LossFunction:
+    """Cross-entropy of logits [N, K] on (1 - s) times the label [N] plus s / K on every class.
+
+    Szegedy et al. 2015 (arXiv 1512.00567, section 7); s in [0, 1), and 0 is plain cross-entropy.
+    """
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(output, target, label_smoothing=label_smoothing)
+
+    return loss
 
 
 def distillation(temperature: float) -> LossFunction:
@@ -89,8 +123,12 @@ def train_module(
     loss: LossFunction,
     device: torch.device,
     what: str,
+    warmup_steps: int = 0,
+    start: TrainingState | None = None,
     on_step: Callable[[int, float], None] | None = None,
     after_epoch: Callable[[int], None] | None = None,
+    on_state: Callable[[TrainingState], None] | None = None,
+    state_due: Callable[[], bool] | None = None,
 ) -> TrainingResult:
     """Train a module in place; it ends in eval mode, with gradients off.
 
@@ -100,30 +138,54 @@ def train_module(
     Args:
         batches: epoch -> batches of (input [B, ...], target); as many as `steps_per_epoch`.
         what: the name of the module in errors, such as `section 3`.
+        warmup_steps: see `rate_factor`.
+        start: go on from this state of the same training; epochs that it has behind it are not asked for.
         on_step: called with the number of steps taken and the latest known loss.
         after_epoch: called with the epoch's number, the module in eval mode.
+        on_state: called with the state after every epoch (after `after_epoch`), and after steps at which `state_due` holds.
 
     Raises:
         SectionTrainingError: a loss or a weight is not finite.
-        ValueError: batches gave another number of steps.
+        ValueError: batches gave another number of steps; `start` is not of this module, or beyond the last step.
     """
     started = time.monotonic()
     module.to(device).eval().requires_grad_(False)
-    parameters = [parameter for parameter in module.parameters() if parameter.is_floating_point()]
+    parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
     total = settings.epochs * steps_per_epoch if parameters else 0
-    for parameter in parameters:
+    for parameter in parameters.values():
         parameter.requires_grad_(True)
     recorder = _Recorder(total, what, settings.lr, 1 if device.type == "cpu" else STEPS_BETWEEN_GPU_READS)
-    num_sample_passes, wait_seconds, step = 0, 0.0, 0
+    num_sample_passes, wait_seconds, seconds_before, step = 0, 0.0, 0.0, 0
+
+    def state() -> TrainingState:
+        recorder.read()
+        return TrainingState(
+            num_steps=step,
+            num_sample_passes=num_sample_passes,
+            module=_copies(module.state_dict()),
+            optimizer=_copies(_optimizer_state(optimizer, parameters)),
+            losses=tuple(recorder.losses),
+            seconds=seconds_before + time.monotonic() - started,
+            input_wait_seconds=wait_seconds,
+        )
+
     if total:
-        optimizer = _optimizer(parameters, settings)
-        for epoch in range(settings.epochs):
+        optimizer = _optimizer(list(parameters.values()), settings)
+        if start is not None:
+            _refuse_foreign(start, module, steps_per_epoch, total, what)
+            module.load_state_dict(start.module)
+            _load_optimizer_state(optimizer, parameters, start.optimizer)
+            recorder.losses.extend(start.losses)
+            step, num_sample_passes = start.num_steps, start.num_sample_passes
+            seconds_before, wait_seconds = start.seconds, start.input_wait_seconds
+        for epoch in range(step // steps_per_epoch, settings.epochs):
             _train_mode(module)
             waiting = time.monotonic()
-            for inputs, targets in batches(epoch):
+            # What is left of an epoch that was begun: its first batches are made again and passed over.
+            for inputs, targets in islice(batches(epoch), step - epoch * steps_per_epoch, None):
                 wait_seconds += time.monotonic() - waiting
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * rate_factor(settings.schedule, step, total)
+                    group["lr"] = settings.lr * rate_factor(settings.schedule, step, total, warmup_steps)
                 value = loss(module(inputs.to(device)), targets.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()  # type: ignore[no-untyped-call]
@@ -133,6 +195,8 @@ def train_module(
                 recorder.take(step, value.detach())
                 if on_step is not None:
                     on_step(step, recorder.latest)
+                if on_state is not None and state_due is not None and step % steps_per_epoch and state_due():
+                    on_state(state())
                 waiting = time.monotonic()
             if step != (epoch + 1) * steps_per_epoch:
                 raise ValueError(
@@ -141,6 +205,8 @@ def train_module(
             module.eval()
             if after_epoch is not None:
                 after_epoch(epoch)
+            if on_state is not None:
+                on_state(state())
         recorder.read()
     module.eval().requires_grad_(False)
     for name, tensor in module.state_dict().items():
@@ -154,18 +220,22 @@ def train_module(
         final_loss=math.fsum(losses[-steps_per_epoch:]) / steps_per_epoch if losses else None,
         num_steps=step,
         num_sample_passes=num_sample_passes,
-        seconds=time.monotonic() - started,
+        seconds=seconds_before + time.monotonic() - started,
         input_wait_seconds=wait_seconds,
         loss_curve=_curve(losses),
     )
 
 
-def rate_factor(schedule: str, step: int, total: int) -> float:
+def rate_factor(schedule: str, step: int, total: int, warmup_steps: int = 0) -> float:
     """The share of the peak learning rate at a step (from 0) of so many.
 
-    cosine: half a period to zero (SGDR without restarts, arXiv 1608.03983, eq. 5); step: a tenth after one half, a
-    hundredth after three quarters; constant: 1.
+    It rises in equal parts to 1 over `warmup_steps` (Goyal et al. 2017, arXiv 1706.02677, section 2.2); over the rest it
+    follows the schedule. cosine: half a period to zero (SGDR without restarts, arXiv 1608.03983, eq. 5); step: a tenth after
+    one half, a hundredth after three quarters; constant: 1.
     """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    step, total = step - warmup_steps, total - warmup_steps
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * step / total))
     if schedule == "step":
@@ -204,11 +274,53 @@ class _Recorder:
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: OptimizerSpec) -> torch.optim.Optimizer:
+    # Decay is for what multiplies: biases, BatchNorm's parameters and quantizers' scales, all of fewer than two dimensions,
+    # go without (He et al. 2018, arXiv 1812.01187, section 3.1).
+    groups = [
+        {"params": [value for value in parameters if value.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [value for value in parameters if value.ndim < 2], "weight_decay": 0.0},
+    ]
     if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
-    return torch.optim.SGD(
-        parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay, foreach=True
-    )
+        return torch.optim.Adam(groups, lr=settings.lr, foreach=True)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, foreach=True)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """An optimizer's tensors as `SLOT.PARAMETER`; slots' names have no dots."""
+    return {
+        f"{slot}.{name}": value
+        for name, parameter in parameters.items()
+        for slot, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    for key, value in state.items():
+        slot, _, name = key.partition(".")
+        parameter = parameters[name]
+        # Adam counts its steps on the CPU, wherever the parameter is.
+        device = value.device if slot == "step" else parameter.device
+        optimizer.state[parameter][slot] = value.to(device, copy=True)
+
+
+def _refuse_foreign(start: TrainingState, module: nn.Module, steps_per_epoch: int, total: int, what: str) -> None:
+    ours = {name: value.shape for name, value in module.state_dict().items()}
+    theirs = {name: value.shape for name, value in start.module.items()}
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise ValueError(f"{what}: the state to start from is not of this module: {', '.join(differing[:5])} differ")
+    if not 0 <= start.num_steps <= total or len(start.losses) != start.num_steps:
+        raise ValueError(
+            f"{what}: got a state after {start.num_steps} steps with {len(start.losses)} losses, expected as many losses as "
+            f"steps, and at most {total} of them in epochs of {steps_per_epoch}"
+        )
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _train_mode(module: nn.Module) -> None:

@@ -55,13 +55,18 @@ class OptimizerSpec(SpecModel):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of SGD; Adam's first beta stays at its 0.9."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """L2 penalty on weights of two and more dimensions; biases, BatchNorm and quantizers' scales go without."""
     batch_size: PositiveInt = 128
 
 
 class FitSpec(OptimizerSpec):
-    """Training or fine-tuning of the teacher on the train part, with cross-entropy, before it is quantized."""
+    """Training or fine-tuning of the teacher on the train part, with cross-entropy and without dropout."""
 
     epochs: PositiveInt = 10
+    warmup_epochs: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """So long, of `epochs`, the learning rate rises in equal parts to `lr`; the schedule takes the rest."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The share of every label that is spread evenly over all classes."""
     flip: bool = False
     """Mirror every training image left to right with probability one half."""
     crop_padding: Count = 0
@@ -221,7 +226,7 @@ class StorageSpec(SpecModel):
     dtype: Literal["float16", "float32"] = "float16"
     compression: Literal["none", "zstd"] = "none"
     checkpoint_seconds: Rate = 30.0
-    """How often a section saves a checkpoint, beside the end of every epoch."""
+    """How often a section, or a teacher's fit, saves a checkpoint, beside the end of every epoch."""
     max_bytes: PositiveInt | None = None
     """Refuse a dump that needs more bytes than this; null: what is free on the disk."""
 

@@ -392,7 +392,10 @@ def test_every_override_is_checked() -> None:
 # -- phrases that several messages share -------------------------------------------------------------------------------
 
 TOP = "allowed: data, name, quantize, reduce, resources, sections, seed, storage, teacher, train"
-FIT = "allowed: batch_size, crop_padding, epochs, flip, lr, momentum, optimizer, schedule, weight_decay"
+FIT = (
+    "allowed: batch_size, crop_padding, epochs, flip, label_smoothing, lr, momentum, optimizer, schedule, warmup_epochs, "
+    "weight_decay"
+)
 TRAIN = (
     "a mapping with keys among epochs, optimizer, lr, schedule, momentum, weight_decay, batch_size, loss, last_loss, "
     "temperature and num_threads"
@@ -484,6 +487,8 @@ def test_mistake_below_an_alias_is_told_where_it_is_used() -> None:
         ("teacher.args", {"x": [float("nan")]}, "teacher.args.x[0]: got .nan, expected a finite number"),
         ("train.epochs", 1.5, "train.epochs: got 1.5, expected a whole number of at least 0"),
         ("train.epochs", True, "train.epochs: got true, expected a whole number of at least 0"),
+        ("teacher.fit", {"warmup_epochs": 10}, "teacher.fit.warmup_epochs: got 10, expected less than teacher.fit.epochs, 10; "
+         "the rate would only rise"),
         ("train.momentum", 1, "train.momentum: got 1, expected a number from 0 to below 1"),
         ("train.loss", "NMSE ", "train.loss: got 'NMSE ', expected nmse or mse; did you mean 'nmse'?"),
         ("train.last_loss", "hinge", "train.last_loss: got 'hinge', expected cross-entropy or distillation, or null"),

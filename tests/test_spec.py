@@ -61,6 +61,7 @@ def test_defaults_of_training() -> None:
 def test_defaults_of_fitting() -> None:
     fit = FitSpec()
     assert (fit.epochs, fit.flip, fit.crop_padding, fit.lr) == (10, False, 0, 1e-3)
+    assert (fit.warmup_epochs, fit.label_smoothing) == (0, 0)
 
 
 def test_defaults_of_teacher_data_and_storage() -> None:
@@ -127,6 +128,8 @@ ACCEPTED = [
     (OptimizerSpec, "optimizer", ("adam", "sgd")),
     (FitSpec, "epochs", (1,)),
     (FitSpec, "crop_padding", (0, 4)),
+    (FitSpec, "warmup_epochs", (0, 0.5, 5)),
+    (FitSpec, "label_smoothing", (0, 0.1, 0.999)),
     (TrainSpec, "loss", ("nmse", "mse")),
     (TrainSpec, "last_loss", (None, "cross-entropy", "distillation")),
     (TrainSpec, "temperature", (0.1, 20)),
@@ -160,6 +163,8 @@ REFUSED = [
     (OptimizerSpec, "optimizer", ("Adam", "adamw")),
     (FitSpec, "epochs", (0,)),
     (FitSpec, "crop_padding", (-1,)),
+    (FitSpec, "warmup_epochs", (-0.5, math.inf, None)),
+    (FitSpec, "label_smoothing", (-0.1, 1)),
     (TrainSpec, "loss", ("cross-entropy", None)),
     (TrainSpec, "last_loss", ("nmse",)),
     (TrainSpec, "temperature", (0,)),

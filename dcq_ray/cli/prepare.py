@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
+
+if TYPE_CHECKING:
+    from dcq_ray.phases import Emit
+    from dcq_ray.records import Progress
 
 
 @click.command(epilog="\b\nExample:\n  dcq-ray plan jobs/quickstart.yaml --workers 4")
@@ -56,7 +61,10 @@ def plan(job_path: str, overrides: tuple[str, ...], run_dir: str | None, workers
 def teacher(
     job_path: str, overrides: tuple[str, ...], run_dir: str | None, log_format: Literal["text", "json"]
 ) -> None:
-    """Train or fine-tune the full-precision teacher where the job says so, and evaluate it."""
+    """Train or fine-tune the full-precision teacher where the job says so, and evaluate it.
+
+    Interrupted, it goes on from its newest checkpoint when it is run again.
+    """
     job, folder = read_job(job_path, overrides, run_dir)
     import torch
 
@@ -66,7 +74,8 @@ def teacher(
     from dcq_ray.storage import open_store
 
     device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
-    with watching(job, log_format) as (emit, _), interruptible(job):
+    with watching(job, log_format) as (show, say), interruptible(job, kept_in=job.storage.cache_dir):
+        emit = _telling(show, say)
         torch.set_num_threads(job.train.num_threads)
         splits = load_splits(job.data, seed=job.seed, job_folder=folder)
         made = obtain_teacher(job, folder, splits, open_store(job.storage.cache_dir), device=device, emit=emit)
@@ -82,3 +91,17 @@ def teacher(
         if part is not None:
             told = "no labels" if top1 is None else f"top-1 {100 * top1:.2f} %"
             click.echo(f"{name:9} {told} of {len(part)} images")
+
+
+def _telling(show: Emit, say: Callable[[str], None]) -> Emit:
+    """Say each new detail of the teacher's line, too: what an epoch gave stays on the screen and in every log."""
+    told = ""
+
+    def emit(progress: Progress) -> None:
+        nonlocal told
+        show(progress)
+        if progress.phase == "teacher" and progress.state == "running" and progress.detail not in ("", told):
+            told = progress.detail
+            say(f"teacher: {told}")
+
+    return emit

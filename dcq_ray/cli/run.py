@@ -155,9 +155,9 @@ def watching(job: Job, log_format: Literal["text", "json"]) -> Iterator[tuple[Em
 
 
 @contextlib.contextmanager
-def interruptible(job: Job) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into errors that say how to resume."""
-    resume = f"run the same command again to resume: what was finished is kept in {job.storage.run_dir}"
+def interruptible(job: Job, *, kept_in: str | None = None) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into errors that say how to resume; `kept_in`: instead of the run directory."""
+    resume = f"run the same command again to resume: what was finished is kept in {kept_in or job.storage.run_dir}"
 
     def terminate(_signal: int, _frame: object) -> None:
         raise RunTerminated(f"terminated; {resume}")

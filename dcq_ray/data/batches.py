@@ -15,6 +15,9 @@ from dcq_ray.data.choice import generator_of
 from dcq_ray.data.splits import Part
 from dcq_ray.errors import DataError
 
+# The draws of an epoch, each from its own generator. Not 0: a key is filled up with zeros, and (seed, epoch) is the order's.
+_MIRRORS, _CORNERS = 1, 2
+
 
 def ordered_batches(part: Part, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Images float32 [B, C, H, W] and labels int64 [B] or None, in the part's order; the last batch may be smaller."""
@@ -30,30 +33,43 @@ def augmented_batches(
     """Images float32 [B, C, H, W] and labels int64 [B] of one epoch, shuffled and augmented by (seed, epoch).
 
     `flip` mirrors each image left to right with probability one half; `crop_padding` pads each preprocessed image with
-    that many zeros on each side and crops it at random back to size. A last batch smaller than the others is dropped.
-    Raises DataError where the part has no labels.
+    that many zeros on each side and crops it at random back to size (He et al. 2015, arXiv 1512.03385, section 4.2). What
+    is done to an image depends on (seed, epoch, its position in the part) alone. A last batch smaller than the others is
+    dropped. Raises DataError where the part has no labels.
     """
     if part.labels is None:
         raise DataError(
             f"{part.name} images: got no labels, expected them for training with cross-entropy; "
             "add labels to the train set, or do without teacher.fit"
         )
-    return _augmented_batches(part, part.labels, batch_size, flip, crop_padding, generator_of(seed, epoch))
+    return _augmented_batches(part, part.labels, batch_size, flip, crop_padding, seed, epoch)
 
 
 def _augmented_batches(
-    part: Part, labels: np.ndarray, batch_size: int, flip: bool, crop_padding: int, generator: np.random.Generator
+    part: Part, labels: np.ndarray, batch_size: int, flip: bool, crop_padding: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    order = generator.permutation(len(part))
-    num_batches = max(1, len(part) // batch_size)
-    for index in range(num_batches):
+    order = generator_of(seed, epoch).permutation(len(part))
+    mirrored = mirrors(len(part), seed=seed, epoch=epoch)
+    corners = crop_corners(len(part), crop_padding, seed=seed, epoch=epoch)
+    for index in range(max(1, len(part) // batch_size)):
         positions = order[index * batch_size : (index + 1) * batch_size]
         images = part.images(positions)
         if flip:
-            images = flipped(images, generator.random(len(images)) < 0.5)
+            images = flipped(images, mirrored[positions])
         if crop_padding:
-            images = cropped(images, crop_padding, generator.integers(0, 2 * crop_padding + 1, (2, len(images))))
+            images = cropped(images, crop_padding, corners[:, positions])
         yield images, torch.from_numpy(labels[positions])
+
+
+def mirrors(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Which of so many images an epoch mirrors [N], each with probability one half; more images change no earlier one."""
+    drawn: np.ndarray = generator_of(seed, epoch, _MIRRORS).random(num_images) < 0.5
+    return drawn
+
+
+def crop_corners(num_images: int, padding: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Top rows and left columns of an epoch's cuts [2, N], even over 0 to twice the padding; see `mirrors`."""
+    return generator_of(seed, epoch, _CORNERS).integers(0, 2 * padding + 1, (num_images, 2)).T
 
 
 def flipped(images: Tensor, mirror: np.ndarray) -> Tensor:

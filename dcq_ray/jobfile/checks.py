@@ -56,6 +56,12 @@ def _teacher(fields: _Fields) -> Iterator[Mistake]:
             path=("teacher", "model"),
             problem=f"got {shown(model)}, expected dcq_ray:NAME, torchvision:NAME or package.module:function",
         )
+    warmup_epochs, epochs = fields.get("teacher", "fit", "warmup_epochs"), fields.get("teacher", "fit", "epochs") or 10
+    if isinstance(warmup_epochs, int | float) and isinstance(epochs, int) and warmup_epochs >= epochs:
+        yield Mistake(
+            path=("teacher", "fit", "warmup_epochs"),
+            problem=f"got {shown(warmup_epochs)}, expected less than teacher.fit.epochs, {epochs}; the rate would only rise",
+        )
 
 
 def _dataset(fields: _Fields) -> Iterator[Mistake]:

@@ -24,7 +24,6 @@ from dcq_ray.storage.store import Store, explained
 LEASE_FILE = "lease.json"
 _RUN_LOCK_FILE = "lease.lock"
 _BOUNDARY_LOCK_FILE = ".lock"
-_BOUNDARY_OWNER = "a run that dumps it"
 POLL_SECONDS = 0.2
 
 
@@ -54,16 +53,19 @@ def current_epoch(store: Store) -> int:
     return 0 if lease is None else lease.epoch
 
 
-def hold_boundary(store: Store, *, on_wait: Callable[[str], None] | None = None) -> AbstractContextManager[None]:
-    """Hold a boundary's folder in the cache against other writers while the block runs; waits until it is free.
+def hold_boundary(
+    store: Store, *, owner: str = "a run that dumps it", on_wait: Callable[[str], None] | None = None
+) -> AbstractContextManager[None]:
+    """Hold a boundary's (or a fit's) folder in the cache against other writers while the block runs; waits until it is free.
 
     Args:
+        owner: what those who wait are told of this holder.
         on_wait: called once, with a sentence that says who holds it, where it is not free at once.
 
     Raises:
         StorageError: the folder cannot be written, or its file system has no locks.
     """
-    return _hold_boundary(store, on_wait or (lambda _: None))
+    return _hold_boundary(store, owner, on_wait or (lambda _: None))
 
 
 @contextlib.contextmanager
@@ -87,7 +89,7 @@ def _busy(store: Store, lease: Lease | None, note: str) -> RunBusyError:
 
 
 @contextlib.contextmanager
-def _hold_boundary(store: Store, on_wait: Callable[[str], None]) -> Iterator[None]:
+def _hold_boundary(store: Store, owner: str, on_wait: Callable[[str], None]) -> Iterator[None]:
     told = False
 
     def wait(lease: Lease | None) -> None:
@@ -99,7 +101,7 @@ def _hold_boundary(store: Store, on_wait: Callable[[str], None]) -> Iterator[Non
         time.sleep(POLL_SECONDS)
 
     if store.local_path(_BOUNDARY_LOCK_FILE) is None:
-        with hold_lease(store, _BOUNDARY_LOCK_FILE, _BOUNDARY_OWNER, wait):
+        with hold_lease(store, _BOUNDARY_LOCK_FILE, owner, wait):
             yield
         return
     path = Path(store.files.path(_BOUNDARY_LOCK_FILE))
@@ -113,7 +115,7 @@ def _hold_boundary(store: Store, on_wait: Callable[[str], None]) -> Iterator[Non
     with _released(descriptor):
         with explained(store, "write", _BOUNDARY_LOCK_FILE):
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, to_json(new_lease(1, _BOUNDARY_OWNER)), 0)
+            os.pwrite(descriptor, to_json(new_lease(1, owner)), 0)
         yield
 
 
