@@ -13,6 +13,9 @@ from dcq_ray.errors import QuantizeError
 from dcq_ray.quantize import ActivationStart, put_quantizers
 from dcq_ray.records import LayerPlan
 
+# So torch names what quantizes a weight.
+PARAMETRIZED = ".parametrizations."
+
 
 def stitch(
     teacher: nn.Module,
@@ -26,10 +29,11 @@ def stitch(
     student, whose activation quantizers begin at `starts`.
 
     Raises:
-        QuantizeError: a section's tensor is not in the student, has another shape, or comes from two sections.
+        QuantizeError: a section's tensor is not in the student, has another shape, or comes from two sections with different
+            content; no section has a quantized layer.
     """
     student = copy.deepcopy(teacher)
-    put_quantizers(student, layers, starts)
+    put_quantizers(student, layers, starts, trained=bool(section_states))
     state = student.state_dict()
     owners: dict[str, int] = {}
     for index, section in enumerate(section_states):
@@ -46,6 +50,11 @@ def stitch(
                 raise QuantizeError(f"{name} comes from sections {owners[name]} and {index}, with different content")
             owners[name] = index
             state[name] = tensor
+    lost = [name for name in state if section_states and PARAMETRIZED in name and name not in owners]
+    if lost:
+        raise QuantizeError(
+            f"no section has {lost[0]}, so that layer has no trained quantizer; got {len(section_states)} sections"
+        )
     student.load_state_dict(state)
     return student.eval().requires_grad_(False)
 

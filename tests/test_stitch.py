@@ -119,6 +119,15 @@ def test_stitching_neither_adds_nor_loses_an_activation_quantizer(
     assert not torch.equal(teacher(images), value)
 
 
+def test_a_layer_that_no_section_has_trained_is_refused(tiny_teacher: nn.Module) -> None:
+    sections, layers = planned(tiny_teacher, 2)
+    for section in sections:
+        put_quantizers(section, layers)
+    states = [section.state_dict() for section in sections]
+    with pytest.raises(QuantizeError, match=r"no section has conv2\..* got 2 sections"):
+        stitch(tiny_teacher, layers, states[:2])
+
+
 def test_foreign_misshapen_and_contradicting_tensors_are_refused(tiny_teacher: nn.Module) -> None:
     _, layers = planned(tiny_teacher, 32)
     weight = tiny_teacher.state_dict()["fc2.weight"]

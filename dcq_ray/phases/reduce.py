@@ -249,7 +249,7 @@ def validate(
 def _student_section(context: RunContext, result: SectionResult, network: Network) -> nn.Module:
     """A trained section, on the teacher's own graph."""
     module = copy.deepcopy(network.sections[result.index])
-    put_quantizers(module, context.plan.sections[result.index].layers)
+    put_quantizers(module, context.plan.sections[result.index].layers, trained=True)
     module.load_state_dict(section_weights(context, result))
     return module.eval()
 

@@ -145,7 +145,7 @@ class LearnedClip(torch.autograd.Function):
             passed.grad_input(given, scaled, least, high, grad_input=out)
             # What did not pass came from above the clip, or from below the lowest level, which moves with the clip or is 0.
             sides = scaled.sign_() if low else scaled.sign_().clamp_(min=0)
-            of_clip += torch.dot((given - out).reshape(-1), sides.reshape(-1))
+            of_clip += sides.mul_(given - out).sum()
         return result.to(gradient.dtype), (high * of_clip).reshape(given_step.shape).to(step.dtype), None, None, None
 
 
@@ -173,9 +173,9 @@ class TernaryLevels(torch.autograd.Function):
         of_positive, of_negative = torch.zeros_like(positive), torch.zeros_like(negative)
         for out, sign, given in blocks(result, signs, incoming):
             above, below = torch.clamp(sign, min=0), torch.clamp(sign, max=0).neg_()
-            flat = given.reshape(-1)
-            of_positive += torch.dot(flat, above.reshape(-1))
-            of_negative -= torch.dot(flat, below.reshape(-1))
+            # Not torch.dot, whose sum may depend on where in memory the values lie.
+            of_positive += (given * above).sum()
+            of_negative -= (given * below).sum()
             # Of the three one is 1, so nothing is rounded.
             torch.sub(1, above, out=out).sub_(below).add_(above.mul_(positive)).add_(below.mul_(negative)).mul_(given)
         return result.to(gradient.dtype), None, of_positive, of_negative

@@ -46,6 +46,7 @@ class WeightQuantizer(nn.Module):
     Args:
         weight: the teacher's, from which the starting point is found.
         channel_dim: the dimension of output channels.
+        search: False where a trained state is loaded afterwards: the search reads a large weight many times.
     """
 
     scale: Tensor
@@ -53,7 +54,7 @@ class WeightQuantizer(nn.Module):
     log_positive: nn.Parameter
     log_negative: nn.Parameter
 
-    def __init__(self, scheme: str, bits: int, weight: Tensor, channel_dim: int) -> None:
+    def __init__(self, scheme: str, bits: int, weight: Tensor, channel_dim: int, *, search: bool = True) -> None:
         super().__init__()
         self.scheme, self.bits, self.channel_dim = scheme, bits, channel_dim
         if not weight.numel():
@@ -63,6 +64,9 @@ class WeightQuantizer(nn.Module):
             )
         # In bfloat16 a learned step would not move by a learning rate of a thousandth.
         weight = working(weight.detach())
+        if not search:
+            # One value a channel gives starts of the right shapes.
+            weight = weight.new_ones([size if dim == channel_dim else 1 for dim, size in enumerate(weight.shape)])
         if scheme == "dorefa" and bits > 1:
             # Equation 9 gives weights in [-1, 1] whatever the teacher's were; a pretrained network would not survive that.
             self.register_buffer("scale", least_squares_scale(weight, dorefa_weight(weight, bits)))

@@ -32,12 +32,17 @@ MAX_SEEN_PER_BATCH = 8192
 
 
 def put_quantizers(
-    module: nn.Module, layers: Iterable[LayerPlan], starts: Mapping[str, ActivationStart] | None = None
+    module: nn.Module,
+    layers: Iterable[LayerPlan],
+    starts: Mapping[str, ActivationStart] | None = None,
+    *,
+    trained: bool = False,
 ) -> None:
     """Put quantizers on those of the layers that this module has, in place; 32 bits leave a weight or an input alone.
 
     Args:
-        starts: where activation quantizers start, by layer; not needed where a trained state is loaded afterwards.
+        starts: where activation quantizers start, by layer.
+        trained: a trained state is loaded afterwards, so no starts are needed, nor searched on the weights.
     """
     modules = dict(module.named_modules())
     shared: dict[int, WeightQuantizer] = {}
@@ -53,8 +58,11 @@ def put_quantizers(
             weight = layer_weight(target)
             # Tied layers share one quantizer, or they would learn two steps for one weight.
             if id(weight) not in shared:
-                shared[id(weight)] = WeightQuantizer(layer.scheme, layer.bits, weight, channel_dim(layer.kind))
-            parametrize.register_parametrization(target, "weight", shared[id(weight)])
+                shared[id(weight)] = WeightQuantizer(
+                    layer.scheme, layer.bits, weight, channel_dim(layer.kind), search=not trained
+                )
+            # Unsafe: without a first call that checks what our quantizers keep to, shape and dtype.
+            parametrize.register_parametrization(target, "weight", shared[id(weight)], unsafe=True)
 
 
 def activation_starts(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dcq_ray.quantize.blocks import blocks
+
 # Below the linear grid of clips that are searched, so many more, each half of the one before.
 NUM_HALVED_CLIPS = 8
 NUM_REFINED_CLIPS = 20
@@ -17,10 +19,11 @@ NUM_REFITS = 4
 def least_squares_scale(weight: Tensor, quantized: Tensor) -> Tensor:
     """The scalar s that minimises |weight - s * quantized|^2: <w, q> / <q, q>; 1 where q is zero. float32 at least."""
     kept = torch.promote_types(weight.dtype, torch.float32)
-    norm = quantized.double().square().sum()
-    if norm == 0:
-        return torch.ones((), dtype=kept, device=weight.device)
-    return ((weight.double() * quantized.double()).sum() / norm).to(kept)
+    product, norm = (torch.zeros((), dtype=torch.float64, device=weight.device) for _ in range(2))
+    for part, level in blocks(weight.detach().to(kept), quantized.detach().to(kept)):
+        product += (part * level).sum(dtype=torch.float64)
+        norm += level.square().sum(dtype=torch.float64)
+    return (product / norm).to(kept) if norm > 0 else torch.ones((), dtype=kept, device=weight.device)
 
 
 def least_squares_clip(
