@@ -53,6 +53,11 @@ def build_network(spec: TeacherSpec, *, job_folder: str) -> nn.Module:
             f"teacher.model: {spec.model} could not be built with {spec.args}: {type(error).__name__}: {error}; its function "
             f"is {_signature(function)}: put its arguments under teacher.args"
         ) from error
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TeacherError(
+            f"teacher.model: {spec.model} returned a compiled torch.jit.ScriptModule, expected the torch.nn.Module that it was "
+            "made from: a compiled one has no layers to quantize"
+        )
     if not isinstance(module, nn.Module):
         raise TeacherError(
             f"teacher.model: {spec.model} returned a {type(module).__name__}, expected a torch.nn.Module"
@@ -151,7 +156,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -
         raise TeacherError(
             f"{source}: the tensors do not fit the network; {'; '.join(told)}; check teacher.model and teacher.args"
         )
-    module.load_state_dict({**expected, **state})
+    # In the module's own dictionary, since some classes look up the version in its metadata (MNASNet).
+    expected.update(state)
+    module.load_state_dict(expected)
 
 
 def state_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -359,7 +359,11 @@ def test_a_worker_of_a_replaced_driver_commits_nothing(job_document: dict[str, A
         ({"data__train_samples": 100000}, DataError, "100000|100,000"),
         ({"data__transform": "user_nets:fragile"}, DataError, "finite"),
         ({"data__channels": 3}, PartitionError, "does not run on images"),
-        ({"quantize__overrides": {"conv9.*": {"bits": 4}}}, JobError, r"'conv9\.\*' matches no .* near it: conv2, conv1;"),
+        (
+            {"quantize__overrides": {"conv9.*": {"bits": 4}}},
+            JobError,
+            r"'conv9\.\*' matches no .* near it: conv2, conv1;",
+        ),
         (
             {"quantize__overrides": {"section:7": {"bits": 4}, "conv2": {"bits": 12}}},
             JobError,

@@ -67,7 +67,7 @@ def test_stitched_equals_the_sections_one_after_the_other(tiny_teacher: nn.Modul
 
 
 class ChecksItsInput(nn.Module):
-    """torch.fx cannot trace the check, so the sections' graphs come from torch.export, with functions for layers."""
+    """torch.fx cannot trace the check, so the sections' graphs come from torch.export."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from dcq_ray.errors import PartitionError
 from dcq_ray.partition.costs import CutCosts
+from dcq_ray.partition.exported import module_stack
 from dcq_ray.partition.sections import ordered_cuts
-from dcq_ray.partition.trace import TracedTeacher, _stack
+from dcq_ray.partition.trace import TracedTeacher
 from dcq_ray.spec import SectionsSpec
 
 # Measured seconds vary by so much between runs; within it, work that never varies decides, so the choice is stable.
@@ -43,8 +44,8 @@ def block_cuts(traced: TracedTeacher) -> tuple[str, ...]:
     nodes = list(traced.graph_module.graph.nodes)
     blocks: dict[str, list[int]] = {}
     for index in traced.weighted_nodes:
-        for path in _stack(nodes[index]):
-            if path and path != str(nodes[index].target):
+        for _, path in module_stack(nodes[index]):
+            if path != str(nodes[index].target):
                 blocks.setdefault(path, []).append(index)
     ends = {alias: point for point in traced.cut_points for alias in point.aliases}
     whole = [path for path, indices in blocks.items() if len(indices) > 1 and path in ends]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,10 @@ def measure_costs(traced: TracedTeacher, example: Tensor, *, repeats: int) -> Cu
     names = tuple(point.name for point in points)
     forward, step = [], []
     value = example
-    for piece in cut(traced, names):
-        piece.requires_grad_(True)
+    for piece in cut(traced, names, copied=False):
         forward.append(min(_seconds(piece, value, backward=False) for _ in range(repeats + 1)))
-        step.append(min(_seconds(piece, value, backward=True) for _ in range(repeats)))
+        with _training(piece):
+            step.append(min(_seconds(piece, value, backward=True) for _ in range(repeats)))
         with torch.no_grad():
             value = piece(value.clone())
     return CutCosts(
@@ -87,6 +88,21 @@ def _work(traced: TracedTeacher, points: Sequence[CutPoint]) -> tuple[int, ...]:
         high - low + MULTIPLY_ACCUMULATES_PER_FLOAT * size
         for low, high, size in zip(counts, counts[1:], sizes, strict=False)
     )
+
+
+@contextlib.contextmanager
+def _training(piece: nn.Module) -> Iterator[None]:
+    """Gradients for a piece that is made of the teacher's own parameters; afterwards they are as they were."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in piece.parameters()]
+    for parameter, _, _ in before:
+        parameter.requires_grad_(parameter.is_floating_point())
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, wanted, gradient in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
 
 
 def _seconds(piece: nn.Module, value: Tensor, *, backward: bool) -> float:

@@ -1,54 +1,68 @@
-"""A module -> its data-flow graph on an example: by torch.fx, and by torch.export where torch.fx fails.
+"""A module -> its data-flow graph: by torch.fx, and by torch.export where torch.fx fails.
 
-A graph has one placeholder, the batch of images, and one output, the logits, and works for any size of the batch. Graphs of
-torch.export are of aten operations: their layers are functional calls on the parameters, and their BatchNorm is frozen.
+A graph has one placeholder, the batch of images, and one output, the logits, and works for any size of the batch. Both front
+ends give the same kind of graph: layers are calls of the teacher's own modules, what lies between them are functions.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from dcq_ray.errors import PartitionError
+from dcq_ray.partition.exported import export_twice, exported_graph
+from dcq_ray.partition.interface import LAYER_TYPES, check_interface, first_line, same_values
+from dcq_ray.partition.sizes import size_locally
 
-LAYER_TYPES = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 LAYER_KEY = "dcq_layer"
 """In the `meta` of a functional call: the name of the Conv or Linear layer whose weight it uses."""
+
+# Two sizes of the batch tell which numbers of a graph are made from it; 1 is for the check alone, since much is special then.
+TRACED_BATCH_SIZE = 3
+OTHER_BATCH_SIZE = 5
 
 _FUNCTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear")
 
 
-def data_flow_graph(module: nn.Module, example: Tensor) -> tuple[GraphModule, dict[Node, Any]]:
-    """The graph of a module in eval mode, and every node's value on the example (tensors as meta tensors).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFlow:
+    """A module's graph."""
+
+    graph_module: GraphModule
+    values: dict[Node, Any]
+    """What every node gives on a batch of `TRACED_BATCH_SIZE` images; tensors without their content."""
+    batched: frozenset[Node]
+    """The nodes that give a tensor whose first dimension is the batch."""
+    front_end: str
+    """torch.fx or torch.export: what made the graph."""
+
+
+def data_flow(module: nn.Module, example: Tensor) -> DataFlow:
+    """The data flow of a module in eval mode on images like these, [N, ...], N >= 1; all of N that count are a few.
 
     Raises:
-        PartitionError: the module does not map one batch of images to one tensor [N, K], or has no fixed graph.
+        PartitionError: the module does not map one batch of images to one tensor [N, K], changes itself as it runs, has
+            weights that are no parameters, or has no fixed graph.
     """
-    _check_interface(module, example)
+    images = _batch(example, TRACED_BATCH_SIZE)
+    check_interface(module, images)
     try:
-        return _checked(_symbolic(module), module, example)
-    except PartitionError as error:
+        return _checked(_symbolic(module), "torch.fx", module, images)
+    except _NoGraph as first:
+        told = f"torch.fx: {first}"
         try:
-            return _checked(_exported(module, example), module, example)
-        except Exception as second:
-            # The first error is the one that says what to change; the second tells why nothing else helped.
-            reason = f"; torch.export: {_first_line(second)}" if not isinstance(second, PartitionError) else ""
-            raise PartitionError(f"{error}{reason}") from error
+            return _exported(module, images)
+        except _NoGraph as error:
+            second = f"torch.export: {error}"
+        raise PartitionError(
+            f"the teacher {type(module).__name__} has no fixed graph to cut ({told}; {second}); {_remedy(told, second)}"
+        ) from first
 
 
 def function_name(node: Node) -> str:
@@ -64,112 +78,115 @@ def functional_weight(node: Node) -> Node | None:
     return weight if isinstance(weight, Node) else None
 
 
-def told(value: Any) -> str:
-    """What a value is, in an error."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
-    # torch.fx has containers of its own, derived from these.
-    for container in (dict, list, tuple):
-        if isinstance(value, container):
-            return f"a {container.__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
+def forget_owner(graph_module: GraphModule) -> None:
+    """Break the cycle of a module and its graph, so that memory goes back when the last user does, not at some collection."""
+    graph_module.graph.owning_module = None
 
 
-def _check_interface(module: nn.Module, example: Tensor) -> None:
-    parameters = inspect.signature(module.forward).parameters.values()
-    wanted = [
-        parameter.name
-        for parameter in parameters
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-    ]
-    if len(wanted) > 1:
-        raise PartitionError(
-            f"the teacher takes {len(wanted)} inputs ({', '.join(wanted)}), expected one batch of images"
+class _NoGraph(Exception):
+    """A front end did not give a graph that equals the module; its text says why."""
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's, for the first argument of forward alone: the others keep their defaults, also as *args and **kwargs."""
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # They belong to torch.nn, but a whole network of the user's may be inside.
+        return not isinstance(m, nn.DataParallel | DistributedDataParallel) and super().is_leaf_module(
+            m, module_qualified_name
         )
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return _Tracer().is_leaf_module(module, "")
+
+
+def _is_childless(module: nn.Module) -> bool:
+    return _is_leaf(module) and next(module.children(), None) is None
+
+
+def _is_none(_: nn.Module) -> bool:
+    return False
+
+
+def _checked(graph_module: GraphModule, front_end: str, module: nn.Module, images: Tensor) -> DataFlow:
+    """The graph with sizes taken where they are used, if it equals the module at several sizes of the batch."""
+    batches = {size: _batch(images, size) for size in (TRACED_BATCH_SIZE, 1, OTHER_BATCH_SIZE)}
+    runs: dict[int, tuple[dict[Node, Any], Tensor]] = {}
     try:
-        with torch.no_grad():
-            output = module(example.clone())
+        runs = {size: _run(graph_module, batches[size]) for size in (TRACED_BATCH_SIZE, 1)}
+        if size_locally(graph_module, (runs[TRACED_BATCH_SIZE][0], runs[1][0])):
+            runs = {size: _run(graph_module, batches[size]) for size in (TRACED_BATCH_SIZE, 1)}
+        runs[OTHER_BATCH_SIZE] = _run(graph_module, batches[OTHER_BATCH_SIZE])
     except Exception as error:
-        raise PartitionError(
-            f"the teacher does not run on images of shape {tuple(example.shape[1:])}: {_first_line(error)}; check "
-            "data.channels, data.image_size and teacher.args"
-        ) from error
-    if not (isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(example)):
-        raise PartitionError(
-            f"the teacher returns {told(output)}, expected one tensor of logits [batch, classes]; wrap it in a module that "
-            "returns its logits"
-        )
-
-
-def _checked(graph_module: GraphModule, module: nn.Module, example: Tensor) -> tuple[GraphModule, dict[Node, Any]]:
-    try:
-        values = _run(graph_module, example)
+        raise _NoGraph(f"{first_line(error)} on a batch of another size: a size was baked in") from error
+    for size, batch in batches.items():
         with torch.no_grad():
-            one = graph_module(example[:1].clone())
-            same = len(one) == 1 and torch.equal(one, module(example[:1].clone()))
-    except Exception:
-        same = False
-    if not same:
-        raise PartitionError(
-            "the teacher's graph depends on the size of the batch (a shape was baked in while it was traced), or on chance; "
-            "use -1 or torch.flatten instead of sizes taken with int() or len()"
-        )
+            same = same_values(runs[size][1], module(batch.clone()))
+        if not same:
+            raise _NoGraph(
+                f"the graph gives other logits than the network on a batch of {size}: size or chance matters"
+            )
     _mark_layers(graph_module, module)
-    return graph_module, values
+    _hide_constants(graph_module, module)
+    forget_owner(graph_module)
+    values, others = runs[TRACED_BATCH_SIZE][0], runs[1][0]
+    batched = {
+        node
+        for node, value in values.items()
+        if has_rows(value, TRACED_BATCH_SIZE)
+        and has_rows(others[node], 1)
+        and value.shape[1:] == others[node].shape[1:]
+    }
+    return DataFlow(graph_module=graph_module, values=values, batched=frozenset(batched), front_end=front_end)
 
 
 def _symbolic(module: nn.Module) -> GraphModule:
-    tracer = fx.Tracer()
+    tracer = _Tracer()
+    before = set(vars(module))
     try:
         graph = tracer.trace(module)
-        return GraphModule(tracer.root, graph, type(module).__name__)
+        graph_module = GraphModule(tracer.root, graph, type(module).__name__)
     except Exception as error:
-        raise PartitionError(
-            f"the teacher {type(module).__name__} cannot be traced: {_first_line(error)}; control flow that depends on the "
-            "data, or code that is not made of tensor operations, has no fixed graph to cut: move it out of the network's "
-            "forward"
-        ) from error
+        raise _NoGraph(first_line(error)) from error
+    finally:
+        # torch.fx leaves the constants that it meets in the module itself; the next trace would give them other names.
+        for name in set(vars(module)) - before:
+            delattr(module, name)
+    # A network that looks at its input's class may have returned something else than a value of the graph.
+    if not isinstance(next(iter(reversed(graph.nodes))).args[0], Node):
+        raise _NoGraph("the logits do not depend on the images")
+    return graph_module
 
 
-def _exported(module: nn.Module, example: Tensor) -> GraphModule:
-    """torch.export's graph with the teacher's own parameters, for any size of the batch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        flat = program.module()
-    assert isinstance(flat, GraphModule)
-    graph = Graph()
-    values: dict[Node, Node] = {}
-    images = next(node for node in flat.graph.nodes if node.op == "placeholder")
-    batch_symbol = str(images.meta["val"].shape[0])
-    sizes = {node for node in flat.graph.nodes if _is_size(node, images)}
-
-    def size_for(user: Node) -> Node:
-        # Taken from a tensor at hand, not from the images: else it would be live, and forbid a cut, all the way.
-        source = next((node for node in user.all_input_nodes if _batch_size(node) == batch_symbol), images)
-        return graph.call_function(torch.ops.aten.sym_size.int, (values[source], 0))
-
-    for node in flat.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = graph.placeholder("x")
-            values[node].meta = copy.copy(node.meta)
-        elif node.op == "output":
-            (result,) = node.args[0]
-            graph.output(values[result])
-        elif node.users and node not in sizes:
-            # The sizes that this node uses become its own; what else it uses is there already.
-            own = {**values, **{size: size_for(node) for size in node.all_input_nodes if size in sizes}}
-            values[node] = graph.node_copy(node, own.__getitem__)
-    return GraphModule(flat, graph, type(module).__name__)
+def _exported(module: nn.Module, images: Tensor) -> DataFlow:
+    try:
+        exported = export_twice(module, (images, _batch(images, OTHER_BATCH_SIZE)))
+    except Exception as error:
+        raise _NoGraph(first_line(error)) from error
+    reason: Exception | None = None
+    # The finest graph that equals the network: attention has a fast path of its own, which only the whole module takes.
+    for is_leaf in (_is_childless, _is_leaf, _is_none):
+        try:
+            return _checked(exported_graph(module, exported, is_leaf), "torch.export", module, images)
+        except Exception as error:
+            reason = reason or error
+    raise _NoGraph(first_line(reason or RuntimeError())) from reason
 
 
-def _is_size(node: Node, images: Node) -> bool:
-    return node.target == torch.ops.aten.sym_size.int and node.args == (images, 0)
-
-
-def _batch_size(node: Node) -> str | None:
-    value = node.meta.get("val")
-    return str(value.shape[0]) if isinstance(value, Tensor) and value.ndim else None
+def _remedy(*reasons: str) -> str:
+    if any("batch of" in reason for reason in reasons):
+        return (
+            "its forward depends on the size of the batch, or on chance; treat every image alike (-1 or x.shape[0] in shapes), "
+            "and use F.dropout only with training=self.training"
+        )
+    return (
+        "control flow that depends on the data, or code that is not made of tensor operations, has no fixed graph: move it "
+        "out of the network's forward"
+    )
 
 
 def _mark_layers(graph_module: GraphModule, module: nn.Module) -> None:
@@ -188,8 +205,17 @@ def _mark_layers(graph_module: GraphModule, module: nn.Module) -> None:
             node.meta[LAYER_KEY] = name
 
 
-def _run(graph_module: GraphModule, example: Tensor) -> dict[Node, Any]:
-    """Every node's value on the example; tensors as meta tensors, so that nothing large is kept."""
+def _hide_constants(graph_module: GraphModule, module: nn.Module) -> None:
+    """Keep what is not in the module's state out of the sections' state: a graph makes a buffer of every plain tensor."""
+    state = module.state_dict().keys()
+    for path, part in graph_module.named_modules():
+        for name in part._buffers:
+            if f"{path}.{name}".lstrip(".") not in state:
+                part._non_persistent_buffers_set.add(name)
+
+
+def _run(graph_module: GraphModule, images: Tensor) -> tuple[dict[Node, Any], Tensor]:
+    """Every node's value on some images, tensors as meta tensors, so that nothing large is kept; and the logits."""
     values: dict[Node, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -199,13 +225,19 @@ def _run(graph_module: GraphModule, example: Tensor) -> dict[Node, Any]:
             return value
 
     with torch.no_grad():
-        Recorder(graph_module).run(example.clone())
-    return values
+        logits: Tensor = Recorder(graph_module).run(images.clone())
+    return values, logits
+
+
+def has_rows(value: Any, size: int) -> bool:
+    """Whether a value is a tensor of so many rows."""
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
 
 
 def _shape_only(value: Any) -> Any:
     return value.detach().to("meta") if isinstance(value, Tensor) else value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _batch(images: Tensor, size: int) -> Tensor:
+    """So many of the images, from the first on, again from the first where there are fewer."""
+    return images[torch.arange(size, device=images.device) % len(images)]

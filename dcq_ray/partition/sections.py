@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import PartitionError
-from dcq_ray.partition.graphs import LAYER_KEY, LAYER_TYPES
+from dcq_ray.partition.graphs import LAYER_KEY, forget_owner
+from dcq_ray.partition.interface import LAYER_TYPES, same_values
 from dcq_ray.partition.trace import CutPoint, TracedTeacher
 
 NUM_NEAR = 4
@@ -49,18 +52,23 @@ def ordered_cuts(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[CutPoint, 
     return tuple(points)
 
 
-def cut(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[GraphModule, ...]:
+def cut(traced: TracedTeacher, cuts: Sequence[str], *, copied: bool = True) -> tuple[GraphModule, ...]:
     """One module per section, in order; n cuts give n + 1 sections.
 
-    The keys of a section's state_dict are the teacher's own. Sections are deep copies: to train one changes nothing else.
+    The keys of a section's state_dict are the teacher's own.
+
+    Args:
+        copied: sections are deep copies: to train one changes nothing else. Otherwise they are made of the teacher's own
+            modules: enough to look at or to run, and no memory.
     """
     nodes = list(traced.graph_module.graph.nodes)
     ends = [point.node_index for point in ordered_cuts(traced, cuts)]
     starts = [next(index for index, node in enumerate(nodes) if node.op == "placeholder"), *ends]
-    return tuple(
+    sections = tuple(
         _section(traced.graph_module, nodes, start, end)
         for start, end in zip(starts, [*ends, len(nodes) - 1], strict=True)
     )
+    return tuple(copy.deepcopy(section) for section in sections) if copied else sections
 
 
 def assert_composition(module: nn.Module, sections: Sequence[nn.Module], example: Tensor) -> None:
@@ -70,7 +78,7 @@ def assert_composition(module: nn.Module, sections: Sequence[nn.Module], example
         value = example
         for section in sections:
             value = section(value.clone())
-    if not torch.equal(value, expected):
+    if not same_values(value, expected):
         differing = int((value != expected).any(dim=1).sum()) if value.shape == expected.shape else len(example)
         raise PartitionError(
             f"the {len(sections)} sections do not compose to the teacher: {differing} of {len(example)} outputs differ; the "
@@ -81,14 +89,44 @@ def assert_composition(module: nn.Module, sections: Sequence[nn.Module], example
 def prefix_digests(traced: TracedTeacher, cuts: Sequence[str]) -> tuple[str, ...]:
     """For every boundary a digest of the traced code and the tensors up to it; other cuts do not enter."""
     nodes = list(traced.graph_module.graph.nodes)
-    start = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
-    ends = [*(point.node_index for point in ordered_cuts(traced, cuts)), len(nodes) - 1]
-    digests = [json_sha256(["input", list(traced.input_shape)])]
-    for end in ends:
-        prefix = _section(traced.graph_module, nodes, start, end, copied=False)
-        parts = [repr(prefix.get_submodule(str(n.target))) for n in prefix.graph.nodes if n.op == "call_module"]
-        digests.append(json_sha256([str(prefix.graph), parts, tensors_sha256(prefix.state_dict())]))
+    ends = {*(point.node_index for point in ordered_cuts(traced, cuts)), len(nodes) - 1}
+    chain = json_sha256(["input", list(traced.input_shape)])
+    digests = [chain]
+    # Nodes go by the order in which they are met, since their names may depend on what comes later.
+    numbers: dict[Node, int] = {}
+    for index, node in enumerate(nodes):
+        if node.op == "get_attr":
+            # It counts where it is used.
+            continue
+        for met in (*(used for used in node.all_input_nodes if used.op == "get_attr"), node):
+            if met not in numbers:
+                chain = json_sha256([chain, _identity(traced.graph_module, met, numbers)])
+                numbers[met] = len(numbers)
+        if index in ends:
+            digests.append(chain)
     return tuple(digests)
+
+
+def _identity(root: GraphModule, node: Node, numbers: Mapping[Node, int]) -> list[Any]:
+    """All that the value of a node depends on, but for the values of its arguments."""
+
+    def told(argument: Any) -> Any:
+        return f"%{numbers[argument]}" if isinstance(argument, Node) else argument
+
+    target = node.target
+    if callable(target):
+        target = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+    arguments = [repr(map_aggregate(value, told)) for value in (node.args, node.kwargs)]
+    tensors = ""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        arguments.append(repr(module))
+        tensors = tensors_sha256({**dict(module.named_buffers()), **module.state_dict()})
+    elif node.op == "get_attr":
+        path, _, name = str(node.target).rpartition(".")
+        value = getattr(root.get_submodule(path), name)
+        tensors = tensors_sha256({"": value}) if isinstance(value, Tensor) else repr(value)
+    return [node.op, str(target), arguments, tensors]
 
 
 def describe_section(section: GraphModule) -> tuple[tuple[str, ...], int]:
@@ -127,13 +165,13 @@ def quantizable_layers(section: GraphModule) -> tuple[tuple[str, nn.Module], ...
 
 
 def directly_called(section: GraphModule) -> frozenset[str]:
-    """Names of the modules that a section calls itself; their inputs can be quantized."""
+    """Names of the modules that a section calls itself, and whose weight it uses nowhere else; their inputs can be quantized."""
     functional = {node.meta[LAYER_KEY] for node in section.graph.nodes if LAYER_KEY in node.meta}
     called = {str(node.target) for node in section.graph.nodes if node.op == "call_module"}
     return frozenset(called - functional)
 
 
-def _section(root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, copied: bool = True) -> GraphModule:
+def _section(root: GraphModule, nodes: Sequence[Node], start: int, end: int) -> GraphModule:
     """The nodes after `start`, whose value is the section's input, up to and with `end`, whose value is its output."""
     graph = Graph()
     values = {nodes[start]: graph.placeholder("x")}
@@ -151,7 +189,7 @@ def _section(root: GraphModule, nodes: Sequence[Node], start: int, end: int, *, 
             values[node] = graph.node_copy(node, value_of)
     if nodes[end].op != "output":
         graph.output(values[nodes[end]])
-    section = GraphModule(root, graph, "Section")
-    if copied:
-        section = copy.deepcopy(section)
-    return section.eval()
+    section = GraphModule(root, graph, "Section").eval()
+    forget_owner(section)
+    section._register_deepcopy_hook(forget_owner)
+    return section

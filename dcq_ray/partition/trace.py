@@ -7,15 +7,22 @@ one section). Residual networks thus cut at their joins by themselves.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from dcq_ray.partition.graphs import LAYER_KEY, LAYER_TYPES, data_flow_graph, functional_weight, told
+from dcq_ray.partition.exported import module_stack
+from dcq_ray.partition.graphs import LAYER_KEY, TRACED_BATCH_SIZE, DataFlow, data_flow, functional_weight
+from dcq_ray.partition.interface import LAYER_TYPES, told
+
+# Of the values that are live at a place, so many are named.
+MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,8 @@ class TracedTeacher:
     total_multiply_accumulates: int
     layer_multiply_accumulates: dict[str, int]
     """Per sample, of every Conv and Linear layer by its name."""
+    front_end: str
+    """torch.fx or torch.export: what made the graph."""
 
 
 def trace_teacher(module: nn.Module, example: Tensor) -> TracedTeacher:
@@ -60,51 +69,107 @@ def trace_teacher(module: nn.Module, example: Tensor) -> TracedTeacher:
         PartitionError: it cannot be traced or run, does not map one tensor to one tensor [N, K], or its graph depends on
             the size of the batch.
     """
-    graph_module, values = data_flow_graph(module, example)
+    flow = data_flow(module, example)
+    graph_module, values = flow.graph_module, flow.values
     nodes = list(graph_module.graph.nodes)
-    output = values[nodes[-1]]
-    works = [_work(node, graph_module, values, len(example)) for node in nodes]
-    macs = [total for total, _ in works]
+    works = [_work(node, graph_module, values) for node in nodes]
     layer_macs: dict[str, int] = {}
     for _, layers in works:
         for name, count in layers.items():
             layer_macs[name] = layer_macs.get(name, 0) + count
-    spans = _tensor_spans(graph_module, nodes)
+    macs = [total for total, _ in works]
+    macs_up_to = list(itertools.accumulate(macs))
+    reasons = _why_illegal(flow, nodes)
     points, illegal = [], {}
-    for index, node in enumerate(nodes[:-1]):
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        names = _names(nodes, index)
-        reason = _why_illegal(nodes, index, values, spans, len(example))
+    for index, names in _names(nodes).items():
+        reason = reasons[index]
         if reason is None:
             points.append(
                 CutPoint(
                     name=names[0],
                     aliases=names,
-                    shape=tuple(values[node].shape[1:]),
+                    shape=tuple(values[nodes[index]].shape[1:]),
                     node_index=index,
-                    multiply_accumulates_before=sum(macs[: index + 1]),
+                    multiply_accumulates_before=macs_up_to[index],
                 )
             )
         else:
-            for name in names:
-                illegal[name] = (index, reason)
+            illegal.update(dict.fromkeys(names, (index, reason)))
     return TracedTeacher(
         graph_module=graph_module,
         cut_points=tuple(points),
         illegal=illegal,
         weighted_nodes=tuple(index for index, count in enumerate(macs) if count),
         input_shape=tuple(example.shape[1:]),
-        output_shape=tuple(output.shape[1:]),
+        output_shape=tuple(values[nodes[-1]].shape[1:]),
         total_multiply_accumulates=sum(macs),
         layer_multiply_accumulates=layer_macs,
+        front_end=flow.front_end,
     )
 
 
-def _tensor_spans(graph_module: GraphModule, nodes: list[Node]) -> list[tuple[str, int, int]]:
-    """For every parameter and buffer (name, first use, last use), tied names counted as one tensor."""
-    modules = dict(graph_module.named_modules())
+def _why_illegal(flow: DataFlow, nodes: list[Node]) -> list[str | None]:
+    """For the place after every node why it is no legal cut, or None where it is one; one pass over the graph."""
     places = {node: index for index, node in enumerate(nodes)}
+    last_uses = [max((places[user] for user in node.users), default=-1) for node in nodes]
+    ending: dict[int, list[int]] = {}
+    for index, last in enumerate(last_uses):
+        ending.setdefault(last, []).append(index)
+    starting_spans: dict[int, list[str]] = {}
+    ending_spans: dict[int, list[str]] = {}
+    for name, first, last in _tensor_spans(flow.graph_module, nodes, places):
+        starting_spans.setdefault(first, []).append(name)
+        ending_spans.setdefault(last, []).append(name)
+    live: dict[int, None] = {}
+    spanning: dict[str, None] = {}
+    reasons = []
+    for index, node in enumerate(nodes):
+        for ended in ending.get(index, ()):
+            live.pop(ended, None)
+        if last_uses[index] > index and node.op != "get_attr":
+            live[index] = None
+        spanning.update(dict.fromkeys(starting_spans.get(index, ())))
+        for name in ending_spans.get(index, ()):
+            spanning.pop(name, None)
+        first_live = [nodes[place] for place in itertools.islice(live, MAX_NAMED)]
+        reasons.append(
+            _live_reason(node, first_live, len(live))
+            or _value_reason(node, flow)
+            or (f"{next(iter(spanning))} is used on both sides of it" if spanning else None)
+            or ("it is the network's output" if all(user.op == "output" for user in node.users) else None)
+        )
+    return reasons
+
+
+def _live_reason(node: Node, first_live: list[Node], num_live: int) -> str | None:
+    if first_live == [node] and num_live == 1:
+        return None
+    if not num_live:
+        return "nothing that comes later uses it"
+    names = " and ".join(str(node.target if node.op == "call_module" else node.name) for node in first_live)
+    more = f" and {num_live - MAX_NAMED} more" if num_live > MAX_NAMED else ""
+    return f"{num_live} values are live there: {names}{more}" if num_live > 1 else f"the live value there is {names}"
+
+
+def _value_reason(node: Node, flow: DataFlow) -> str | None:
+    value = flow.values[node]
+    if not isinstance(value, Tensor):
+        return f"its value is {told(value)}, not a tensor"
+    if value.dtype != torch.float32:
+        # A boundary gives float32 to the section behind it, whatever it was.
+        return f"its value has type {value.dtype}, not torch.float32"
+    if value.layout != torch.strided:
+        return f"its value has layout {value.layout}, not torch.strided"
+    if node not in flow.batched:
+        return f"its first dimension is not the batch: shape {tuple(value.shape)} for {TRACED_BATCH_SIZE} images"
+    if value.ndim == 1:
+        return "its value is one number per image"
+    return None
+
+
+def _tensor_spans(graph_module: GraphModule, nodes: list[Node], places: dict[Node, int]) -> list[tuple[str, int, int]]:
+    """For every parameter and buffer that several nodes use (name, first use, last use), tied names as one tensor."""
+    modules = dict(graph_module.named_modules())
     spans: dict[tuple[int, int], tuple[str, int, int]] = {}
     for index, node in enumerate(nodes):
         # A get_attr may stand far before its use.
@@ -115,7 +180,7 @@ def _tensor_spans(graph_module: GraphModule, nodes: list[Node]) -> list[tuple[st
             key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (id(tensor), 0)
             known, first, last = spans.get(key, (name, uses[0], uses[0]))
             spans[key] = (known, min(first, *uses), max(last, *uses))
-    return list(spans.values())
+    return [span for span in spans.values() if span[1] < span[2]]
 
 
 def _used_tensors(node: Node, graph_module: GraphModule, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -131,54 +196,37 @@ def _used_tensors(node: Node, graph_module: GraphModule, modules: dict[str, nn.M
             yield str(node.target), value
 
 
-def _why_illegal(
-    nodes: list[Node], index: int, values: dict[Node, Any], spans: list[tuple[str, int, int]], batch_size: int
-) -> str | None:
-    later = set(nodes[index + 1 :])
-    live = [node for node in nodes[: index + 1] if node.op != "get_attr" and any(user in later for user in node.users)]
-    if live != [nodes[index]]:
-        if not live:
-            return "nothing that comes later uses it"
-        names = " and ".join(str(node.target if node.op == "call_module" else node.name) for node in live[:3])
-        return f"{len(live)} values are live there: {names}" if len(live) > 1 else f"the live value there is {names}"
-    value = values[nodes[index]]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return f"its value is {told(value)}, not a floating-point tensor"
-    if value.ndim == 0 or len(value) != batch_size:
-        return f"its first dimension is not the batch: shape {tuple(value.shape)}"
-    for name, first, last in spans:
-        if first <= index < last:
-            return f"{name} is used on both sides of it"
-    if all(node.op == "output" for node in nodes[index].users):
-        return "it is the network's output"
-    return None
+def _names(nodes: list[Node]) -> dict[int, tuple[str, ...]]:
+    """Names of the place after every node that makes a value: the modules that end there, outermost first, and its own.
+
+    A module that is called again ends at its last call only; the earlier calls go by their node's name.
+    """
+    last_seen: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        last_seen.update(dict.fromkeys(_paths(node), index))
+    names: dict[int, tuple[str, ...]] = {}
+    taken: set[str] = set()
+    for index, node in enumerate(nodes):
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        ending = [path for path in _paths(node) if last_seen[path] == index and path not in taken]
+        if node.op != "call_module" or str(node.target) not in ending:
+            # The first call of a module that is called again has the module's own name.
+            ending.append(node.name if node.name not in last_seen else f"{node.name}@0")
+        names[index] = tuple(ending)
+        taken.update(names[index])
+    return names
 
 
-def _names(nodes: list[Node], index: int) -> tuple[str, ...]:
-    """Names of the place after a node: the modules that end there, outermost first, else the node's own name."""
-    node = nodes[index]
-    following = _stack(nodes[index + 1])
-    ending = [path for path in _stack(node) if path and path not in following]
-    if node.op == "call_module" and str(node.target) not in ending:
-        ending.append(str(node.target))
-    # A module that is called again ends at its last call only; the earlier calls go by their node's name.
-    recurring = {
-        path for later in nodes[index + 1 :] for path in (*_stack(later), str(later.target)) if later.op != "output"
-    }
-    names = [path for path in ending if path not in recurring]
-    return (*names, node.name) if node.name not in names else tuple(names)
+def _paths(node: Node) -> tuple[str, ...]:
+    """The modules in whose calls a node lies, outermost first."""
+    paths = [path for _, path in module_stack(node)]
+    if node.op == "call_module":
+        paths.append(str(node.target))
+    return tuple(dict.fromkeys(paths))
 
 
-def _stack(node: Node) -> tuple[str, ...]:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = (entry[0] if isinstance(entry, tuple) else str(key) for key, entry in stack.items())
-    # torch.export marks what belongs to no module so.
-    return tuple(path for path in paths if not path.startswith("_empty_nn_module_stack"))
-
-
-def _work(
-    node: Node, graph_module: GraphModule, values: dict[Node, Any], batch_size: int
-) -> tuple[int, dict[str, int]]:
+def _work(node: Node, graph_module: GraphModule, values: dict[Node, Any]) -> tuple[int, dict[str, int]]:
     """Multiply-accumulates per sample of a node, and of them those of each Conv or Linear layer in it.
 
     Counted are Conv and Linear, as modules or functional calls, and the four projections of attention.
@@ -187,7 +235,7 @@ def _work(
         module = graph_module.get_submodule(str(node.target))
         if isinstance(module, nn.MultiheadAttention):
             query = values[node.all_input_nodes[0]]
-            one = query.numel() // batch_size * module.embed_dim
+            one = query.numel() // TRACED_BATCH_SIZE * module.embed_dim
             return 4 * one, {f"{node.target}.out_proj": one}
         if isinstance(module, LAYER_TYPES):
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)

@@ -86,7 +86,7 @@ def open_network(context: RunContext) -> Network:
     cache = open_store(context.cache_dir)
     teacher = open_teacher(cache, context.plan.teacher_sha256, module, context.job.teacher.model)
     traced = trace_teacher(teacher.module, torch.zeros(2, *context.plan.input_shape))
-    return Network(teacher=teacher, sections=cut(traced, context.plan.cuts))
+    return Network(teacher=teacher, sections=cut(traced, context.plan.cuts, copied=False))
 
 
 def open_splits(context: RunContext) -> Splits:

@@ -142,7 +142,7 @@ def plan_job(
         earlier = None
         costs = cutting_costs(job, network_sha256, traced, example, device=device, cache=cache, save=save_costs)
         cuts = choose_cuts(traced, job.sections, costs)
-    sections = cut(traced, cuts)
+    sections = cut(traced, cuts, copied=False)
     assert_composition(teacher.module, sections, example)
     if earlier is not None:
         return earlier

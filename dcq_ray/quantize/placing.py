@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from dcq_ray.errors import QuantizeError
@@ -53,7 +52,7 @@ def put_quantizers(
         if layer.activation_scheme is not None:
             start = (starts or {}).get(layer.module, ActivationStart())
             quantizer = InputQuantizer(layer.activation_scheme, layer.activation_bits, start)
-            _put_on_input(module, layer.module, quantizer.to(layer_weight(target).device))
+            _put_on_input(target, quantizer.to(layer_weight(target).device))
         if layer.bits < UNQUANTIZED_BITS:
             weight = layer_weight(target)
             # Tied layers share one quantizer, or they would learn two steps for one weight.
@@ -149,31 +148,12 @@ def put_input_quantizers(module: nn.Module, state: Mapping[str, Tensor]) -> None
         step, signed = state.get(f"dcq.{name}.input_step"), state.get(f"dcq.{name}.input_signed")
         if name not in modules or step is None or signed is None:
             raise QuantizeError(f"{key}: the student's file names a layer that its network lacks, or is incomplete")
-        _put_on_input(module, name, FrozenInputQuantizer(step, int(bits), bool(signed)))
+        _put_on_input(modules[name], FrozenInputQuantizer(step, int(bits), bool(signed)))
 
 
-def _put_on_input(module: nn.Module, name: str, quantizer: nn.Module) -> None:
-    layer = module.get_submodule(name)
+def _put_on_input(layer: nn.Module, quantizer: nn.Module) -> None:
     layer.add_module(INPUT_QUANTIZER, quantizer)
     layer.register_forward_pre_hook(_quantize_input)
-    if isinstance(module, GraphModule):
-        _put_before_functions(module, name)
-
-
-def _put_before_functions(section: GraphModule, name: str) -> None:
-    """Quantize the input where a section's graph has the layer as a function of its weight (torch.export writes it so)."""
-    calls = {
-        user
-        for weight in section.graph.find_nodes(op="get_attr", target=f"{name}.weight")
-        for user in weight.users
-        if user.args[0] is not weight
-    }
-    for call in calls:
-        with section.graph.inserting_before(call):
-            quantized = section.graph.call_module(f"{name}.{INPUT_QUANTIZER}", (call.args[0],))
-        call.update_arg(0, quantized)
-    if calls:
-        section.recompile()
 
 
 def _quantize_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
