@@ -117,6 +117,21 @@ def test_output_channels_of_transposed_convolutions_come_second() -> None:
     assert plan(layers, weights={"scheme": "xnor"}, first_last_bits=None)[0].num_bytes == 14 + 3 * 4
 
 
+class Upsampling(nn.ConvTranspose2d):
+    """A user's own name for it."""
+
+
+def test_a_class_derived_from_a_layer_is_a_layer_of_that_kind() -> None:
+    layers = [
+        LayerSite(name="up", module=Upsampling(4, 6, 3)),
+        LayerSite(name="out", module=nn.MultiheadAttention(8, 2).out_proj),
+    ]
+    planned = plan(layers, weights={"scheme": "lsq-channel", "bits": 2}, first_last_bits=None)
+    assert [layer.kind for layer in planned] == ["ConvTranspose2d", "Linear"]
+    # 4 * 6 * 3 * 3 weights of 2 bits, and a scale for each of 6 channels
+    assert planned[0].num_bytes == 54 + 6 * 4
+
+
 def test_an_unmatched_pattern_names_what_is_near() -> None:
     with pytest.raises(JobError, match=r"'blok\.fc' matches no .*; near it: block\.fc.*section:0 to section:1"):
         plan(overrides={"blok.fc": {"bits": 2}})

@@ -128,3 +128,20 @@ def test_tied_weights_survive(tmp_path: Path) -> None:
     module[1].weight = module[0].weight
     state = state_from_bytes(state_bytes(module.state_dict(), {}), source="memory")
     assert torch.equal(state["1.weight"], module[0].weight)
+
+
+def test_a_compiled_script_is_refused_since_it_has_no_layers(tmp_path: Path) -> None:
+    (tmp_path / "scripted_nets.py").write_text(
+        "import torch\n\n\ndef net():\n    return torch.jit.script(torch.nn.Linear(2, 2))\n"
+    )
+    with pytest.raises(TeacherError, match=r"returned a compiled torch\.jit\.ScriptModule"):
+        load_teacher(TeacherSpec(model="scripted_nets:net"), job_folder=str(tmp_path))
+
+
+def test_classes_that_look_up_their_version_in_the_states_metadata_load(tmp_path: Path) -> None:
+    # MNASNet widens its first layers where the metadata says version 1 or nothing.
+    spec = TeacherSpec(model="torchvision:mnasnet0_5", args={"num_classes": 3})
+    first = load_teacher(spec, job_folder=".")
+    safetensors.torch.save_file(first.module.state_dict(), tmp_path / "w.safetensors")
+    again = load_teacher(spec.model_copy(update={"weights": str(tmp_path / "w.safetensors")}), job_folder=".")
+    assert again.sha256 == first.sha256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from dcq_ray.phases import Prediction
+from dcq_ray.phases import Prediction, plan_notes
 from dcq_ray.records import PartitionPlan
 from dcq_ray.report import layers_table, size, work_table
 from dcq_ray.spec import Job
@@ -46,18 +46,8 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
         f"the whole model: {size(plan.teacher_num_bytes)} in full precision, {size(plan.num_bytes_packed)} packed, 1/"
         f"{plan.teacher_num_bytes / plan.num_bytes_packed:.1f}"
     )
-    if plan.unquantized_parameters:
-        console.print(
-            f"not quantized, since not the weight of a Conv or Linear layer: {', '.join(plan.unquantized_parameters)}; "
-            f"{100 * plan.unquantized_share:.1f} % of the parameters",
-            markup=False,
-        )
-    if job.quantize.activations is not None and plan.uncalled_layers:
-        console.print(
-            "inputs not quantized, since the network uses the weight without calling the layer: "
-            + ", ".join(plan.uncalled_layers),
-            markup=False,
-        )
+    for note in plan_notes(plan, job):
+        console.print(note, markup=False)
     console.print(
         f"on {prediction.num_workers} workers: dump {prediction.dump_seconds:.1f} s, training "
         f"{prediction.train_seconds:.1f} s, together {prediction.makespan_seconds:.1f} s (predicted from one measured batch)"

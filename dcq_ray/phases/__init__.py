@@ -14,7 +14,7 @@ from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_section, measure_untrained, measured_section
-from dcq_ray.phases.reporting import report_failure, report_success
+from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
 from dcq_ray.phases.session import (
     RunSession,
     keep_baseline,
@@ -54,6 +54,7 @@ __all__ = [
     "open_splits",
     "part_top1",
     "plan_job",
+    "plan_notes",
     "planning_teacher",
     "predict",
     "prepare",

@@ -12,6 +12,7 @@ from dcq_ray.phases.predict import makespan_lower_bound
 from dcq_ray.phases.reduce import Finished, TestScores
 from dcq_ray.phases.session import RunSession, kept_baseline, run_digest, with_baseline, write_report
 from dcq_ray.records import (
+    PartitionPlan,
     PhaseCpuSeconds,
     RunReport,
     RunStatus,
@@ -24,6 +25,9 @@ from dcq_ray.records import (
     TeacherReport,
     Timings,
 )
+from dcq_ray.spec import Job
+
+MAX_NAMED = 4
 
 
 def report_success(
@@ -178,17 +182,26 @@ def _notes(session: RunSession) -> tuple[str, ...]:
         notes.append("There is no test set: accuracy on test images is not given.")
     elif splits.test.labels is None:
         notes.append("The test images have no labels: accuracy on test images is not given.")
+    return (*notes, *plan_notes(plan, session.context.job))
+
+
+def plan_notes(plan: PartitionPlan, job: Job) -> tuple[str, ...]:
+    """What a plan leaves in full precision although the job asks for bits, in sentences."""
+    notes = []
     if plan.unquantized_parameters:
-        names = ", ".join(plan.unquantized_parameters[:5])
-        more = ", …" if len(plan.unquantized_parameters) > 5 else ""
         notes.append(
-            f"Not quantized, since not the weight of a Conv or Linear layer: {names}{more}: {plan.num_unquantized:,} numbers, "
-            f"{100 * plan.unquantized_share:.1f} % of the parameters."
+            f"Not quantized, since not the weight of a Conv or Linear layer: {_some(plan.unquantized_parameters)}: "
+            f"{plan.num_unquantized:,} numbers, {100 * plan.unquantized_share:.1f} % of the parameters."
         )
-    if session.context.job.quantize.activations is not None and plan.uncalled_layers:
-        names = ", ".join(plan.uncalled_layers[:5])
-        more = ", …" if len(plan.uncalled_layers) > 5 else ""
+    if job.quantize.activations is not None and plan.uncalled_layers:
         notes.append(
-            f"Inputs not quantized, since the network uses the weight without calling the layer: {names}{more}."
+            "Inputs not quantized, since the network uses the weight without calling the layer: "
+            f"{_some(plan.uncalled_layers)}."
         )
     return tuple(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) <= MAX_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"

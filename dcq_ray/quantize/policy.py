@@ -60,6 +60,15 @@ def channel_dim(kind: str) -> int:
     return 1 if "Transpose" in kind else 0
 
 
+def layer_kind(module: nn.Module) -> str:
+    """The class of torch.nn that a layer is, or is derived from."""
+    for kind in type(module).__mro__:
+        name: str = kind.__name__
+        if getattr(nn, name, None) is kind:
+            return name
+    raise QuantizeError(f"{type(module).__name__} is not derived from a layer of torch.nn")
+
+
 def layer_weight(module: nn.Module) -> Tensor:
     """The weight of a layer."""
     weight = module.weight
@@ -148,7 +157,7 @@ def _unlike_twins(sites: Sequence[LayerSite], choices: Sequence[_Choice]) -> Ite
 
 
 def _layer_plan(site: LayerSite, choice: _Choice) -> LayerPlan:
-    weight, kind = layer_weight(site.module), type(site.module).__name__
+    weight, kind = layer_weight(site.module), layer_kind(site.module)
     num_scales = 2 if choice.scheme == "ttq" else 1
     if choice.scheme in PER_CHANNEL_SCHEMES:
         num_scales = weight.shape[channel_dim(kind)]

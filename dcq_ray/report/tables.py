@@ -69,6 +69,9 @@ def print_report(report: RunReport, console: Console) -> None:
 def layers_table(layers: Sequence[LayerPlan]) -> Table:
     """Every layer: bits and schemes of its weights and its input, bytes, multiply-accumulates."""
     table = _table(*LAYER_COLUMNS)
+    # Names may be long: they alone are folded.
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for row in layer_rows(layers):
         table.add_row(*map(escape, row))
     return table
