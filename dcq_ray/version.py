@@ -1,3 +1,3 @@
 """The version of dcq-ray: written into every report and compared between a driver and its workers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

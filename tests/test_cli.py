@@ -52,16 +52,18 @@ def test_help_of_run_shows_a_job() -> None:
 
 @pytest.mark.slow
 def test_run_report_eval_and_ls(job_path: str, tmp_path: Path) -> None:
-    done = dcq("run", job_path, "--address", "none")
+    activations = ("--set", "quantize.activations={scheme: lsq, bits: 4}")
+    done = dcq("run", job_path, "--address", "none", *activations)
     assert done.returncode == 0, done.stderr
     assert "stitched student" in done.stdout
+    assert "lsq 4" in done.stdout
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
     report = json.loads(dcq("report", str(tmp_path / "run"), "--json").stdout)
     evaluated = json.loads(dcq("eval", str(tmp_path / "run"), "--json", cwd=tmp_path).stdout)
     assert evaluated["test_top1"] == report["student"]["top1"]
     assert "small" in dcq("ls", str(tmp_path)).stdout
     assert "succeeded" in dcq("status", str(tmp_path / "run")).stdout
-    again = dcq("run", job_path, "--address", "none", "--log-format", "json", "--max-drop", "100")
+    again = dcq("run", job_path, "--address", "none", "--log-format", "json", "--max-drop", "100", *activations)
     assert again.returncode == 0
     assert json.loads(again.stdout)["student"] == report["student"]
     assert all(json.loads(line) for line in again.stderr.splitlines())
