@@ -26,6 +26,8 @@ Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 MAX_LOSS_POINTS = 200
+# Activations of an untrained network may fade to 1e-12; errors over such a norm have gradients that no float holds.
+LEAST_MEAN_SQUARE = 1e-8
 # Reading a loss waits for the GPU, so there it is read once in so many steps.
 STEPS_BETWEEN_GPU_READS = 20
 
@@ -66,9 +68,9 @@ class TrainingState:
 
 
 def nmse(output: Tensor, target: Tensor) -> Tensor:
-    """Normalised mean squared error of a batch: sum (o - t)^2 / sum t^2; an all-zero target divides by the least float."""
+    """Normalised mean squared error of a batch: sum (o - t)^2 / sum t^2; a mean t^2 below 1e-8 counts as 1e-8."""
     _same_shape(output, target)
-    norm = target.square().sum().clamp_min(torch.finfo(target.dtype).tiny)
+    norm = target.square().sum().clamp_min(LEAST_MEAN_SQUARE * target.numel())
     return (output - target).square().sum() / norm
 
 

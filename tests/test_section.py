@@ -59,6 +59,17 @@ def test_nmse_of_a_zero_target_is_finite_where_the_output_is_zero_too() -> None:
     assert nmse(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
 
 
+def test_nmse_of_a_target_that_has_faded_has_gradients_that_a_float_holds() -> None:
+    output = torch.full((2, 3), 0.5, requires_grad=True)
+    loss = nmse(output, torch.full((2, 3), 1e-12))
+    # 6 x 0.25 over 6 x 1e-8; its gradient 2 x 0.5 over 6 x 1e-8
+    assert loss.item() == pytest.approx(0.25e8)
+    loss.backward()
+    assert output.grad is not None
+    assert output.grad[0, 0].item() == pytest.approx(1e8 / 6)
+    assert nmse(torch.full((2, 3), 2e-4), torch.full((2, 3), 1e-4)) == pytest.approx(1.0)
+
+
 def test_schedules_by_hand() -> None:
     assert [rate_factor("cosine", step, 4) for step in (0, 2)] == pytest.approx([1.0, 0.5])
     assert [rate_factor("step", step, 8) for step in (0, 3, 4, 5, 6, 7)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
