@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dcq_ray.data import augmented_batches
 from dcq_ray.errors import DataError
+from dcq_ray.losses import cross_entropy
 from dcq_ray.phases import Network, RunSession, choose_device, open_network, part_top1
 from dcq_ray.phases.reduce import adapt_batchnorm, untrained_student
 from dcq_ray.records import BaselineReport, Progress
-from dcq_ray.section import cross_entropy, train_module
+from dcq_ray.section import train_module
 
 # Around the job's own rate: half a decade down and up.
 RATE_FACTORS = (0.3, 1.0, 3.0)

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 from dcq_ray.errors import PartitionError
 from dcq_ray.jobfile import resolve_job
+from dcq_ray.losses import nmse
 from dcq_ray.partition import (
     TracedTeacher,
     assert_composition,
@@ -32,7 +33,7 @@ from dcq_ray.partition import (
 from dcq_ray.phases import run_local
 from dcq_ray.quantize import LayerSite, activation_starts, bake, plan_layers, put_input_quantizers, put_quantizers
 from dcq_ray.records import PartitionPlan, from_json
-from dcq_ray.section import nmse, train_module
+from dcq_ray.section import train_module
 from dcq_ray.spec import QuantizeSpec, SectionsSpec, TrainSpec
 from dcq_ray.stitch import stitch
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
+from dcq_ray.losses import nmse
 from dcq_ray.quantize import (
     ActivationStart,
     LayerSite,
@@ -24,7 +25,7 @@ from dcq_ray.quantize import (
 )
 from dcq_ray.quantize.policy import channel_dim
 from dcq_ray.records import LayerPlan
-from dcq_ray.section import nmse, train_module
+from dcq_ray.section import train_module
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, OptimizerSpec, QuantizeSpec
 from dcq_ray.stitch import stitch
 from dcq_ray.teacher import load_state, state_bytes, state_from_bytes

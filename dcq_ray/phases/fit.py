@@ -20,11 +20,12 @@ from torch import Tensor
 from dcq_ray.data import Splits, augmented_batches, ordered_batches
 from dcq_ray.digests import json_sha256, library_versions
 from dcq_ray.errors import StorageError, TeacherError
+from dcq_ray.losses import smoothed_cross_entropy
 from dcq_ray.partition import prefix_digests, trace_teacher
 from dcq_ray.phases.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, save_teacher, teacher_store
 from dcq_ray.records import Progress, from_json, to_json
-from dcq_ray.section import TrainingState, smoothed_cross_entropy, train_module
+from dcq_ray.section import TrainingState, train_module
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, hold_boundary
 from dcq_ray.teacher import Teacher, frozen_teacher, load_state, state_from_bytes

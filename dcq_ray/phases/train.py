@@ -22,11 +22,12 @@ from torch.fx import GraphModule
 from dcq_ray.data import Splits
 from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
 from dcq_ray.errors import DataError, ShardError, StaleRunError, StorageError
+from dcq_ray.losses import loss_function
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device
 from dcq_ray.phases.dump import boundary_store
 from dcq_ray.quantize import activation_starts, put_quantizers
 from dcq_ray.records import Boundary, LayerPlan, Progress, RunContext, SectionResult, SectionTask, from_json, to_json
-from dcq_ray.section import loss_function, train_module
+from dcq_ray.section import train_module
 from dcq_ray.shards import BoundaryReader, load_manifest, open_boundary, sample_order, samples_per_shard
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, current_epoch, open_store
