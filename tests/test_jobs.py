@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dcq_ray.jobfile import load_job
+from dcq_ray.jobfile import load_job, resolve_job
 
 ROOT = Path(__file__).parents[1]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
@@ -33,6 +33,13 @@ def test_every_job_and_command_of_the_readme_exists() -> None:
     ).stdout
     assert commands
     assert {command for command in commands if not re.search(rf"^ +{command}\b", help_text, re.MULTILINE)} == set()
+
+
+def test_the_readmes_quantizers_are_a_part_of_a_job() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    smallest = {"name": "a", "teacher": {"model": "dcq_ray:lenet"}, "data": {"dataset": "digits"}}
+    job = resolve_job({**smallest, **yaml.safe_load(block)}, source="README.md")
+    assert len(job.quantize.overrides) == 3
 
 
 def test_the_readme_opens_with_the_main_job_and_the_tests() -> None:
