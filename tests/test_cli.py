@@ -103,6 +103,9 @@ def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_pa
     made = json.loads(done.stdout)
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
     assert len(made["plan"]["sections"]) == 2
+    total = made["plan"]["total_multiply_accumulates"]
+    assert made["multiply_accumulates_by_bits"] == [{"bits": 1, "activation_bits": 32, "multiply_accumulates": total}]
+    assert made["unquantized_share"] == 0
     cuts = [boundary["cut"] for boundary in made["plan"]["boundaries"][1:-1]]
     pinned = dcq("plan", job_path, "--json", "--set", f"sections={{cuts: {json.dumps(cuts)}}}")
     again = json.loads(pinned.stdout)["plan"]["boundaries"]

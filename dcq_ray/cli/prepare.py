@@ -47,7 +47,13 @@ def plan(job_path: str, overrides: tuple[str, ...], run_dir: str | None, workers
     made = plan_job(job, teacher, splits, device=device, cache=cache)
     prediction = predict(made, job, workers or os.cpu_count() or 1)
     if as_json:
-        click.echo(json.dumps({"plan": to_jsonable(made), "prediction": to_jsonable(prediction)}, indent=2))
+        document = {
+            "plan": to_jsonable(made),
+            "multiply_accumulates_by_bits": [to_jsonable(work) for work in made.multiply_accumulates_by_bits],
+            "unquantized_share": made.unquantized_share,
+            "prediction": to_jsonable(prediction),
+        }
+        click.echo(json.dumps(document, indent=2))
     else:
         print_plan(made, prediction, job, Console())
 
