@@ -192,7 +192,7 @@ def finish(
     state = {name: value.detach().contiguous() for name, value in (*student.state_dict().items(), *extra.items())}
     sha256 = tensors_sha256(state)
     metadata = {
-        "format": "dcq-ray student 1",
+        "format": "dcq-ray student 2",
         "run": job.name,
         "model": job.teacher.model,
         "teacher_sha256": context.plan.teacher_sha256,

@@ -1,0 +1,126 @@
+"""The report: what a run gave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dcq_ray.records.plan import BitsWork, LayerPlan
+from dcq_ray.records.version import FORMAT_VERSION
+from dcq_ray.records.work import LossPoint, SectionFailure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherReport:
+    model: str
+    top1: float | None
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentReport:
+    top1: float | None
+    sha256: str
+    num_bytes_packed: int
+    bits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineReport:
+    """A rival trained from the same teacher, data and quantizer with as many sample passes."""
+
+    method: str
+    top1: float | None
+    cpu_seconds: float
+    lr: float
+    held_out_top1: float | None
+    tried_lrs: tuple[float, ...]
+    num_sample_passes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SectionReport:
+    index: int
+    modules: tuple[str, ...]
+    num_parameters: int
+    bits: float
+    initial_loss: float | None
+    final_loss: float | None
+    relative_error: float | None
+    top1_alone: float | None
+    agreement_alone: float | None
+    seconds: float
+    cpu_seconds: float
+    device: str
+    restarts: int
+    loss_curve: tuple[LossPoint, ...]
+    num_bytes_packed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationReport:
+    """The stitched student against the teacher on held-out images."""
+
+    num_samples: int
+    top1: float | None
+    top5: float | None
+    agreement_with_teacher: float
+    boundary_errors: tuple[float, ...]
+    """Relative L2 error of the student's activations at boundaries 1 … n, each on the student's own inputs."""
+    teacher_top1: float | None
+    metric: float | None
+    teacher_metric: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseCpuSeconds:
+    teacher: float = 0.0
+    dump: float = 0.0
+    train: float = 0.0
+    reduce: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds by the clock; a phase whose result was reused counts what it cost when it was computed."""
+
+    dump_seconds: float
+    train_seconds: float
+    reduce_seconds: float
+    total_seconds: float
+    makespan_lower_bound_seconds: float
+    cpu_seconds: PhaseCpuSeconds
+
+
+RunStatus = Literal["succeeded", "failed", "running", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What a run gave; `report.json`."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    status: RunStatus
+    run_digest: str
+    teacher: TeacherReport
+    student: StudentReport | None
+    untrained_top1: float | None
+    baseline: BaselineReport | None
+    gap_closed: float | None
+    sections: tuple[SectionReport, ...]
+    layers: tuple[LayerPlan, ...] = ()
+    multiply_accumulates_by_bits: tuple[BitsWork, ...] = ()
+    unquantized_share: float = 0.0
+    """Of the teacher's parameters: weights outside of Conv and Linear layers."""
+    failures: tuple[SectionFailure, ...]
+    validation: ValidationReport | None
+    timings: Timings
+    notes: tuple[str, ...]
+    """What a reader should know: no labels, a gate missed, weights left alone."""
+    versions: dict[str, str]
+    started_at: str
+    num_test_samples: int
+    max_drop: float | None

@@ -1,0 +1,3 @@
+"""The version of the files that hold records."""
+
+FORMAT_VERSION = 1
