@@ -205,6 +205,20 @@ def test_low_bit_activations_are_trained_by_section_and_shipped_with_the_student
         assert state["dcq.conv2.input_step"] != state["dcq.head.input_step"]
 
 
+def test_what_the_network_does_not_use_is_not_called_unquantized(job_document: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "auxiliary_nets.py").write_text(
+        "from torch import nn\nfrom user_nets import UserNet\n\n\ndef net():\n    made = UserNet()\n"
+        "    made.auxiliary = nn.Linear(3, 3)\n    return made\n"
+    )
+    document = changed(job_document, teacher__model="auxiliary_nets:net", teacher__fit=None, teacher__min_top1=0)
+    report = run(changed(document, train__epochs=0), tmp_path)
+    assert report.unquantized_share == 0
+    assert report.notes[-1].endswith("does not use them in eval mode: auxiliary.weight, auxiliary.bias.")
+    assert not any(note.startswith("Not quantized") for note in report.notes)
+    state = safetensors.torch.load_file(tmp_path / "run" / "student.safetensors")
+    assert state["auxiliary.weight"].dtype == torch.float32
+
+
 def test_memory_does_not_change_the_student(job_document: dict[str, Any], tmp_path: Path) -> None:
     first = run(job_document, tmp_path)
     second = run(changed(job_document, resources__memory_per_section=1), tmp_path, fresh=True)

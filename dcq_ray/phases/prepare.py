@@ -7,7 +7,7 @@ so that the same job is cut in the same way again.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,8 +158,9 @@ def plan_job(
         for name, _ in quantizable_layers(section)
     ]
     layers = {layer.module: layer for layer in plan_layers(sites, job.quantize)}
-    unquantized = _unquantized(teacher, layers)
     parameters = dict(teacher.module.named_parameters())
+    running = {name for section in sections for name in section.state_dict()}
+    unquantized = _unquantized({name: value for name, value in parameters.items() if name in running}, layers)
     shapes = [tuple(example.shape[1:])]
     value = example
     with torch.no_grad():
@@ -205,6 +206,7 @@ def plan_job(
         unquantized_parameters=unquantized,
         num_parameters=sum(value.numel() for value in parameters.values()),
         num_unquantized=sum(parameters[name].numel() for name in unquantized),
+        unused_parameters=tuple(name for name in parameters if name not in running),
         uncalled_layers=tuple(site.name for site in sites if not site.called),
         num_bytes_packed=packed_num_bytes(teacher.module.state_dict(), tuple(layers.values())),
         total_multiply_accumulates=traced.total_multiply_accumulates,
@@ -330,6 +332,6 @@ def _section_plan(
     )
 
 
-def _unquantized(teacher: Teacher, layers: dict[str, LayerPlan]) -> tuple[str, ...]:
+def _unquantized(parameters: Mapping[str, torch.Tensor], layers: Mapping[str, LayerPlan]) -> tuple[str, ...]:
     reached = {f"{name}.weight" for name in layers}
-    return tuple(name for name, value in teacher.module.named_parameters() if value.ndim >= 2 and name not in reached)
+    return tuple(name for name, value in parameters.items() if value.ndim >= 2 and name not in reached)

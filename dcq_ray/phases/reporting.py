@@ -193,6 +193,10 @@ def plan_notes(plan: PartitionPlan, job: Job) -> tuple[str, ...]:
             f"Not quantized, since not the weight of a Conv or Linear layer: {_some(plan.unquantized_parameters)}: "
             f"{plan.num_unquantized:,} numbers, {100 * plan.unquantized_share:.1f} % of the parameters."
         )
+    if plan.unused_parameters:
+        notes.append(
+            f"Left as they are, since the network does not use them in eval mode: {_some(plan.unused_parameters)}."
+        )
     if job.quantize.activations is not None and plan.uncalled_layers:
         notes.append(
             "Inputs not quantized, since the network uses the weight without calling the layer: "

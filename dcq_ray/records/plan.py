@@ -103,6 +103,8 @@ class PartitionPlan:
     """Of the whole network."""
     num_unquantized: int
     """Numbers in `unquantized_parameters`."""
+    unused_parameters: tuple[str, ...] = ()
+    """Parameters that the network does not use in eval mode, as those of auxiliary heads; they stay as they are."""
     uncalled_layers: tuple[str, ...] = ()
     """Layers that the network never calls, but uses the weight of in a function; their inputs cannot be quantized."""
     num_bytes_packed: int
