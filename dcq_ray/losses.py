@@ -11,6 +11,7 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Activations of an untrained network may fade to 1e-12; errors over such a norm have gradients that no float holds.
 LEAST_MEAN_SQUARE = 1e-8
+CHANNEL_VARIANCE_FLOOR = 1e-3
 
 
 def nmse(output: Tensor, target: Tensor) -> Tensor:
@@ -24,6 +25,39 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of a batch."""
     _same_shape(output, target)
     return functional.mse_loss(output, target)
+
+
+def channel_nmse(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over channels (dimension 1) of sum (o - t)^2 / sum (t - mean t)^2, over batch and positions.
+
+    So that a channel of small variance, which BatchNorm may well make large again, counts as much as any other. A channel
+    whose variance is below a thousandth of the mean one counts as if it had that.
+    """
+    _same_shape(output, target)
+    error = (output - target).square().transpose(0, 1).flatten(1).mean(1)
+    variance = target.transpose(0, 1).flatten(1).var(1, correction=0)
+    floor = (CHANNEL_VARIANCE_FLOOR * variance.mean()).clamp_min(LEAST_MEAN_SQUARE)
+    return (error / variance.maximum(floor)).mean()
+
+
+def cosine(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over samples of 1 - cos(o, t), each taken as one vector: blind to the size of the output."""
+    _same_shape(output, target)
+    return 1 - functional.cosine_similarity(output.flatten(1), target.flatten(1), dim=1).mean()
+
+
+def attention(output: Tensor, target: Tensor) -> Tensor:
+    """nmse plus the squared distance of the normalised attention maps, mean over samples.
+
+    A map is the sum over channels of the squared activations (Zagoruyko and Komodakis 2016, arXiv 1612.03928, eq. 2, with
+    p = 2). Maps alone would leave the channels free, so the error beside them ties them to the teacher's. What has no
+    positions [N, C] has no map: nmse alone.
+    """
+    error = nmse(output, target)
+    if output.ndim < 3:
+        return error
+    ours, theirs = (functional.normalize(value.square().sum(1).flatten(1), dim=1) for value in (output, target))
+    return error + (ours - theirs).square().sum(1).mean()
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -57,8 +91,16 @@ def distillation(temperature: float) -> LossFunction:
 
 
 def loss_function(name: str, *, temperature: float) -> LossFunction:
-    """The loss of that name: nmse, mse, cross-entropy or distillation."""
-    losses = {"nmse": nmse, "mse": mse, "cross-entropy": cross_entropy, "distillation": distillation(temperature)}
+    """The loss of that name in a job: nmse, channel-nmse, mse, cosine, attention, cross-entropy or distillation."""
+    losses = {
+        "nmse": nmse,
+        "channel-nmse": channel_nmse,
+        "mse": mse,
+        "cosine": cosine,
+        "attention": attention,
+        "cross-entropy": cross_entropy,
+        "distillation": distillation(temperature),
+    }
     return losses[name]
 
 

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dcq_ray.errors import SectionTrainingError
-from dcq_ray.losses import LossFunction
 from dcq_ray.records import LossPoint
 from dcq_ray.spec import OptimizerSpec
 
-Batches = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+Batches = Callable[[int], Iterable[tuple[Tensor, Any]]]
+"""Epoch -> its batches of (input, target); a target is a tensor, or a tuple of them, as the loss wants it."""
 
 MAX_LOSS_POINTS = 200
 # Reading a loss waits for the GPU, so there it is read once in so many steps.
@@ -70,7 +71,7 @@ def train_module(
     *,
     settings: OptimizerSpec,
     steps_per_epoch: int,
-    loss: LossFunction,
+    loss: Callable[[Tensor, Any], Tensor],
     device: torch.device,
     what: str,
     warmup_steps: int = 0,
@@ -98,82 +99,149 @@ def train_module(
         SectionTrainingError: a loss or a weight is not finite.
         ValueError: batches gave another number of steps; `start` is not of this module, or beyond the last step.
     """
-    started = time.monotonic()
-    module.to(device).eval().requires_grad_(False)
-    parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
-    total = settings.epochs * steps_per_epoch if parameters else 0
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    recorder = _Recorder(total, what, settings.lr, 1 if device.type == "cpu" else STEPS_BETWEEN_GPU_READS)
-    num_sample_passes, wait_seconds, seconds_before, step = 0, 0.0, 0.0, 0
-
-    def state() -> TrainingState:
-        recorder.read()
-        return TrainingState(
-            num_steps=step,
-            num_sample_passes=num_sample_passes,
-            module=_copies(module.state_dict()),
-            optimizer=_copies(_optimizer_state(optimizer, parameters)),
-            losses=tuple(recorder.losses),
-            seconds=seconds_before + time.monotonic() - started,
-            input_wait_seconds=wait_seconds,
-        )
-
-    if total:
-        optimizer = _optimizer(list(parameters.values()), settings)
-        if start is not None:
-            _refuse_foreign(start, module, steps_per_epoch, total, what)
-            module.load_state_dict(start.module)
-            _load_optimizer_state(optimizer, parameters, start.optimizer)
-            recorder.losses.extend(start.losses)
-            step, num_sample_passes = start.num_steps, start.num_sample_passes
-            seconds_before, wait_seconds = start.seconds, start.input_wait_seconds
-        for epoch in range(step // steps_per_epoch, settings.epochs):
-            _train_mode(module)
+    training = Training(
+        module,
+        settings=settings,
+        num_steps=settings.epochs * steps_per_epoch,
+        loss=loss,
+        device=device,
+        what=what,
+        warmup_steps=warmup_steps,
+        start=start,
+    )
+    if training.total:
+        for epoch in range(training.num_steps // steps_per_epoch, settings.epochs):
+            training.train()
             waiting = time.monotonic()
             # What is left of an epoch that was begun: its first batches are made again and passed over.
-            for inputs, targets in islice(batches(epoch), step - epoch * steps_per_epoch, None):
-                wait_seconds += time.monotonic() - waiting
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * rate_factor(settings.schedule, step, total, warmup_steps)
-                value = loss(module(inputs.to(device)), targets.to(device))
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                step += 1
-                num_sample_passes += len(inputs)
-                recorder.take(step, value.detach())
+            for inputs, targets in islice(batches(epoch), training.num_steps - epoch * steps_per_epoch, None):
+                training.wait_seconds += time.monotonic() - waiting
+                training.step(inputs, targets)
                 if on_step is not None:
-                    on_step(step, recorder.latest)
-                if on_state is not None and state_due is not None and step % steps_per_epoch and state_due():
-                    on_state(state())
+                    on_step(training.num_steps, training.latest_loss)
+                if (
+                    on_state is not None
+                    and state_due is not None
+                    and training.num_steps % steps_per_epoch
+                    and state_due()
+                ):
+                    on_state(training.state())
                 waiting = time.monotonic()
-            if step != (epoch + 1) * steps_per_epoch:
-                raise ValueError(
-                    f"{what}: epoch {epoch} ended after {step} steps, expected {(epoch + 1) * steps_per_epoch}"
-                )
+            expected = (epoch + 1) * steps_per_epoch
+            if training.num_steps != expected:
+                raise ValueError(f"{what}: epoch {epoch} ended after {training.num_steps} steps, expected {expected}")
             module.eval()
             if after_epoch is not None:
                 after_epoch(epoch)
             if on_state is not None:
-                on_state(state())
-        recorder.read()
-    module.eval().requires_grad_(False)
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise SectionTrainingError(
-                f"{what}: {name} is not finite after {step} steps; lower the learning rate (now {settings.lr:g})"
+                on_state(training.state())
+    return training.finish(steps_per_epoch)
+
+
+class Training:
+    """One training, a step at a time: for callers that make a step's batch from what other trainings gave.
+
+    A module without parameters takes no step: `total` is 0.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        settings: OptimizerSpec,
+        num_steps: int,
+        loss: Callable[[Tensor, Any], Tensor],
+        device: torch.device,
+        what: str,
+        warmup_steps: int = 0,
+        start: TrainingState | None = None,
+    ) -> None:
+        """Arguments as of `train_module`, which it is made of; `num_steps`: of the whole training."""
+        self._started = time.monotonic()
+        self._module, self._settings, self._loss = module, settings, loss
+        self._device, self._what, self._warmup_steps = device, what, warmup_steps
+        module.to(device).eval().requires_grad_(False)
+        self._parameters = {name: value for name, value in module.named_parameters() if value.is_floating_point()}
+        self.total = num_steps if self._parameters else 0
+        self.num_steps = self.num_sample_passes = 0
+        self.wait_seconds = self._seconds_before = 0.0
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        pause = 1 if device.type == "cpu" else STEPS_BETWEEN_GPU_READS
+        self._recorder = _Recorder(self.total, what, settings.lr, pause)
+        if not self.total:
+            return
+        self._optimizer = _optimizer(list(self._parameters.values()), settings)
+        if start is not None:
+            _refuse_foreign(start, module, self.total, what)
+            module.load_state_dict(start.module)
+            _load_optimizer_state(self._optimizer, self._parameters, start.optimizer)
+            self._recorder.losses.extend(start.losses)
+            self.num_steps, self.num_sample_passes = start.num_steps, start.num_sample_passes
+            self._seconds_before, self.wait_seconds = start.seconds, start.input_wait_seconds
+
+    @property
+    def latest_loss(self) -> float:
+        """The latest loss that was read from the device; NaN before the first."""
+        return self._recorder.latest
+
+    def train(self) -> None:
+        """Put BatchNorm on batch statistics; everything else stays in eval mode."""
+        _train_mode(self._module)
+
+    def step(self, inputs: Tensor, targets: Any) -> Tensor:
+        """Take one step and return the output that it was made from, detached; raises SectionTrainingError."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._settings.lr * rate_factor(
+                self._settings.schedule, self.num_steps, self.total, self._warmup_steps
             )
-    losses = recorder.losses
-    return TrainingResult(
-        initial_loss=losses[0] if losses else None,
-        final_loss=math.fsum(losses[-steps_per_epoch:]) / steps_per_epoch if losses else None,
-        num_steps=step,
-        num_sample_passes=num_sample_passes,
-        seconds=seconds_before + time.monotonic() - started,
-        input_wait_seconds=wait_seconds,
-        loss_curve=_curve(losses),
-    )
+        output: Tensor = self._module(inputs.to(self._device))
+        value = self._loss(output, _on(self._device, targets))
+        self._optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self.num_steps += 1
+        self.num_sample_passes += len(inputs)
+        self._recorder.take(self.num_steps, value.detach())
+        return output.detach()
+
+    def state(self) -> TrainingState:
+        """All that is needed to go on from here."""
+        self._recorder.read()
+        return TrainingState(
+            num_steps=self.num_steps,
+            num_sample_passes=self.num_sample_passes,
+            module=_copies(self._module.state_dict()),
+            optimizer=_copies(_optimizer_state(self._optimizer, self._parameters)),
+            losses=tuple(self._recorder.losses),
+            seconds=self._seconds_before + time.monotonic() - self._started,
+            input_wait_seconds=self.wait_seconds,
+        )
+
+    def finish(self, steps_per_epoch: int) -> TrainingResult:
+        """Put the module into eval mode, gradients off, and say how it went; the last epoch's mean is the final loss.
+
+        Raises:
+            SectionTrainingError: a loss or a weight is not finite.
+        """
+        self._recorder.read()
+        self._module.eval().requires_grad_(False)
+        for name, tensor in self._module.state_dict().items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise SectionTrainingError(
+                    f"{self._what}: {name} is not finite after {self.num_steps} steps; lower the learning rate (now "
+                    f"{self._settings.lr:g})"
+                )
+        losses = self._recorder.losses
+        return TrainingResult(
+            initial_loss=losses[0] if losses else None,
+            final_loss=math.fsum(losses[-steps_per_epoch:]) / steps_per_epoch if losses else None,
+            num_steps=self.num_steps,
+            num_sample_passes=self.num_sample_passes,
+            seconds=self._seconds_before + time.monotonic() - self._started,
+            input_wait_seconds=self.wait_seconds,
+            loss_curve=_curve(losses),
+        )
 
 
 def rate_factor(schedule: str, step: int, total: int, warmup_steps: int = 0) -> float:
@@ -256,7 +324,7 @@ def _load_optimizer_state(
         optimizer.state[parameter][slot] = value.to(device, copy=True)
 
 
-def _refuse_foreign(start: TrainingState, module: nn.Module, steps_per_epoch: int, total: int, what: str) -> None:
+def _refuse_foreign(start: TrainingState, module: nn.Module, total: int, what: str) -> None:
     ours = {name: value.shape for name, value in module.state_dict().items()}
     theirs = {name: value.shape for name, value in start.module.items()}
     if ours != theirs:
@@ -265,8 +333,12 @@ def _refuse_foreign(start: TrainingState, module: nn.Module, steps_per_epoch: in
     if not 0 <= start.num_steps <= total or len(start.losses) != start.num_steps:
         raise ValueError(
             f"{what}: got a state after {start.num_steps} steps with {len(start.losses)} losses, expected as many losses as "
-            f"steps, and at most {total} of them in epochs of {steps_per_epoch}"
+            f"steps, and at most {total} of them"
         )
+
+
+def _on(device: torch.device, targets: Any) -> Any:
+    return tuple(part.to(device) for part in targets) if isinstance(targets, tuple) else targets.to(device)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

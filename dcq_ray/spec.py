@@ -73,15 +73,41 @@ class FitSpec(OptimizerSpec):
     """Pad training images by this many pixels on each side and crop at random back to size."""
 
 
+class AugmentSpec(SpecModel):
+    """Augmented views of the train images, each dumped once and seen by every `views`-th epoch."""
+
+    views: PositiveInt = 2
+    """Each takes a dump, and the disk space of one; as many as epochs give every epoch a fresh view."""
+    flip: bool = True
+    """Mirror every image left to right with probability one half."""
+    crop_padding: Count = 4
+    """Pad images by this many pixels on each side and crop at random back to size."""
+
+
 class TrainSpec(OptimizerSpec):
     """Training of every section."""
 
-    loss: Literal["nmse", "mse"] = "nmse"
-    """nmse: mean of (student - teacher)^2 over mean of teacher^2, per batch."""
+    loss: Literal["nmse", "channel-nmse", "mse", "cosine", "attention"] = "nmse"
+    """nmse: mean of (student - teacher)^2 over mean of teacher^2, per batch; channel-nmse: over each channel's variance."""
     last_loss: Literal["cross-entropy", "distillation"] | None = None
     """The loss of the last section, where it is to differ: on labels, or on the teacher's softened outputs."""
     temperature: Rate = 2.0
     """Of distillation."""
+    inputs: Literal["teacher", "student"] = "teacher"
+    """student: over `anneal` of a section's training its inputs turn from the teacher's into those that it will meet, streamed
+    from the sections before it as they train, which start earlier (`stagger`)."""
+    anneal: Fraction = 0.5
+    """inputs: student only. The share of a training over which its inputs turn."""
+    stagger: Fraction = 0.35
+    """inputs: student only. How much of a training the first section is ahead of the last; it makes the run so much longer."""
+    look_ahead: Count | Literal["all"] = 0
+    """Take the loss also at the ends of so many of the teacher's next sections, run frozen on the section's output."""
+    look_ahead_weight: Rate = 1.0
+    """Of each of those losses, beside 1 for the section's own."""
+    input_noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Noise on half of a section's inputs, as a share of their root mean square; it stands for the errors before."""
+    augment: AugmentSpec | None = None
+    """null: every epoch sees the images as they are."""
     num_threads: PositiveInt = 1
     """CPU threads of a worker; part of the job, because two threads give other sums than one."""
 
@@ -199,9 +225,13 @@ class ReduceSpec(SpecModel):
     reestimate_batchnorm: bool = True
     """Recompute BatchNorm statistics on the stitched student's own activations."""
     rounds: Literal[1] = 1
-    """Only 1 so far: every section is trained once, on the teacher's activations."""
-    polish_epochs: Literal[0] = 0
-    """Only 0 so far: no end-to-end training after stitching."""
+    """Only 1: a section is trained once; `train.inputs: student` does better what rounds on the student's own inputs would."""
+    polish_epochs: Count = 0
+    """Passes of end-to-end distillation from the teacher after stitching; no longer parallel, so keep them few."""
+    polish_lr: Rate | None = None
+    """Peak learning rate of the polish; null: 0.3 of `train.lr`."""
+    roll_back: bool = True
+    """Undo a step of the merge (BatchNorm re-estimated, an epoch of polish) that is worse on held-out images."""
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
     """Quality gate: percentage points that the student may lose against the teacher (1.5 means 0.015)."""
 

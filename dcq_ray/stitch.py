@@ -59,6 +59,11 @@ def stitch(
     return student.eval().requires_grad_(False)
 
 
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether a module has BatchNorm with running statistics."""
+    return any(isinstance(part, _BatchNorm) and part.track_running_stats for part in module.modules())
+
+
 def reestimate_batchnorm(module: nn.Module, batches: Iterable[Tensor], device: torch.device) -> None:
     """Recompute BatchNorm's running statistics as plain averages over these batches; nothing else changes.
 

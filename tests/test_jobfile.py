@@ -398,13 +398,14 @@ FIT = (
 )
 TRAIN = (
     "a mapping with keys among epochs, optimizer, lr, schedule, momentum, weight_decay, batch_size, loss, last_loss, "
-    "temperature and num_threads"
+    "temperature, inputs, anneal, stagger, look_ahead, look_ahead_weight, input_noise, augment and num_threads"
 )
 SIZE = "a list of 2 values, each a whole number of at least 1, or null"
 CUTS = "a list of at least one value, each a text that is not empty, or null"
 QUOTES = "; put a text that YAML takes for a number or a flag in quotes"
 SCHEMES = "dorefa, xnor, twn, ttq, lsq, lsq-channel or wrpn"
-ONLY_ONE = "(Only 1 so far: every section is trained once, on the teacher's activations)"
+ONLY_ONE = "(Only 1: a section is trained once; `train.inputs: student` does better what rounds on the student's own inputs would)"
+LOSSES = "nmse, channel-nmse, mse, cosine or attention"
 EXACTLY = ", expected exactly one of count, every or cuts; set the others to null"
 
 # -- mistakes, word for word -------------------------------------------------------------------------------------------
@@ -429,8 +430,9 @@ storage: {run_dir: "${NOPE}/x"}
         "line 3: teacher.model: got 'resnet18', expected dcq_ray:NAME, torchvision:NAME or package.module:function",
         "line 5: data.dataset: got 'cifar', expected digits, mnist, fashion-mnist, cifar10, svhn, imagefolder or npz, or "
         "package.module:function; did you mean 'cifar10'?",
-        "line 7: train.optimiser: unknown key; did you mean 'optimizer'? allowed: batch_size, epochs, last_loss, loss, "
-        "lr, momentum, num_threads, optimizer, schedule, temperature, weight_decay",
+        "line 7: train.optimiser: unknown key; did you mean 'optimizer'? allowed: anneal, augment, batch_size, epochs, "
+        "input_noise, inputs, last_loss, look_ahead, look_ahead_weight, loss, "
+        "lr, momentum, num_threads, optimizer, schedule, stagger, temperature, weight_decay",
         "line 8: train.lr: got -1, expected a number greater than 0",
         "line 11: quantize.weights.bits: got 9, expected a whole number from 1 to 8",
         "line 12: storage.run_dir: the environment variable NOPE is not set; set it, or give a default: "
@@ -490,7 +492,7 @@ def test_mistake_below_an_alias_is_told_where_it_is_used() -> None:
         ("teacher.fit", {"warmup_epochs": 10}, "teacher.fit.warmup_epochs: got 10, expected less than teacher.fit.epochs, 10; "
          "the rate would only rise"),
         ("train.momentum", 1, "train.momentum: got 1, expected a number from 0 to below 1"),
-        ("train.loss", "NMSE ", "train.loss: got 'NMSE ', expected nmse or mse; did you mean 'nmse'?"),
+        ("train.loss", "NMSE ", f"train.loss: got 'NMSE ', expected {LOSSES}; did you mean 'nmse'?"),
         ("train.last_loss", "hinge", "train.last_loss: got 'hinge', expected cross-entropy or distillation, or null"),
         ("teacher.min_top1", "Auto", "teacher.min_top1: got 'Auto', expected a number from 0 to 1, or auto; did you mean 'auto'?"),
         ("teacher.min_top1", 2, "teacher.min_top1: got 2, expected a number from 0 to 1, or auto"),
@@ -590,7 +592,7 @@ def test_examples_of_required_keys_make_a_job() -> None:
 
 
 def test_words_of_every_key_are_a_users() -> None:
-    jargon = re.compile(r"\^|\$|\\|Input|constrained|literal|object|array|integer|anyOf|string", re.IGNORECASE)
+    jargon = re.compile(r"\^|\$|\\|Input should|constrained|literal|object|array|integer|anyOf|string", re.IGNORECASE)
     for path in all_paths():
         node = node_at(path)
         assert node is not None
@@ -672,7 +674,7 @@ def test_long_values_and_keys_are_shortened() -> None:
     assert lines[0].endswith("…, expected a whole number of at least 0")
     assert lines[1] == f"train.lr: got '{'ü' * 59}…', expected a number greater than 0"
     assert max(map(len, lines)) < 300
-    assert lines[2] == r"train.loss: got 'a\nb\x1b', expected nmse or mse"
+    assert lines[2] == r"train.loss: got 'a\nb\x1b', expected nmse, channel-nmse, mse, cosine or attention"
     assert lines[3].startswith(f"train.{'k' * 39}…: unknown key; ")
     (line,) = mistakes(changed(), overrides=("seed=" + "x" * 5000,))
     assert line.startswith("--set seed=" + "x" * 74 + "…: seed: got 'xxx")
@@ -1070,7 +1072,13 @@ DOCUMENTS = st.fixed_dictionaries(
             },
         ),
         "train": st.fixed_dictionaries(
-            {}, optional={**OPTIMIZER, "last_loss": st.sampled_from([None, "distillation"])}
+            {},
+            optional={
+                **OPTIMIZER,
+                "last_loss": st.sampled_from([None, "distillation"]),
+                "look_ahead": st.sampled_from([0, 3, "all"]),
+                "augment": st.sampled_from([None, {}, {"views": 3, "flip": False}]),
+            },
         ),
         "storage": st.fixed_dictionaries(
             {}, optional={"run_dir": TEXTS.map("runs/".__add__), "checkpoint_seconds": RATES}
@@ -1111,7 +1119,12 @@ def test_job_yaml_keeps_odd_texts(text: str) -> None:
 def test_job_yaml_has_every_key_in_the_order_of_the_models() -> None:
     written = yaml.safe_load(
         job_yaml(
-            resolved(("teacher.fit", {}), ("data.normalize", {"mean": [0], "std": [1]}), ("quantize.activations", {}))
+            resolved(
+                ("teacher.fit", {}),
+                ("train.augment", {}),
+                ("data.normalize", {"mean": [0], "std": [1]}),
+                ("quantize.activations", {}),
+            )
         )
     )
 

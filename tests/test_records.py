@@ -20,6 +20,7 @@ from dcq_ray.records import (
     Boundary,
     LayerPlan,
     LossPoint,
+    MergeStep,
     PartitionPlan,
     PhaseCpuSeconds,
     Progress,
@@ -121,6 +122,7 @@ RESULT = SectionResult(
 )
 FAILURE = SectionFailure(index=0, error_type="SectionTrainingError", message="diverged: träin", traceback="a\nb")
 MEASUREMENT = SectionMeasurement(index=0, task_digest="t", top1_alone=None, agreement_alone=0.99, relative_error=0.01)
+MERGE_STEP = MergeStep(name="polish", score_before=0.8, score_after=0.85, accepted=True)
 TEACHER = TeacherReport(model="mine:net", top1=0.9, sha256="f", num_bytes=5536)
 STUDENT = StudentReport(top1=None, sha256="e", num_bytes_packed=400, bits=1.4)
 BASELINE = BaselineReport(
@@ -211,7 +213,7 @@ STATUS = StatusReport(
 EVERY_RECORD = [
     *(INPUT, CONV, PLAN.sections[1], PLAN, SHARDS[0], MANIFEST, CONTEXT, SectionTask(index=0, digest="t"), CURVE[0]),
     *(RESULT, FAILURE, MEASUREMENT, TEACHER, STUDENT, BASELINE, SECTION, VALIDATION, CPU_SECONDS, TIMINGS),
-    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS),
+    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP),
 ]
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from dcq_ray import spec
 from dcq_ray.spec import (
     ActivationsSpec,
+    AugmentSpec,
     DataSpec,
     FitSpec,
     Job,
@@ -56,6 +57,7 @@ def test_defaults_of_training() -> None:
     assert (train.epochs, train.optimizer, train.lr, train.schedule) == (2, "adam", 1e-3, "cosine")
     assert (train.momentum, train.weight_decay, train.batch_size) == (0.9, 0.0, 128)
     assert (train.loss, train.last_loss, train.temperature, train.num_threads) == ("nmse", None, 2.0, 1)
+    assert (train.inputs, train.look_ahead, train.input_noise, train.augment) == ("teacher", 0, 0.0, None)
 
 
 def test_defaults_of_fitting() -> None:
@@ -130,7 +132,15 @@ ACCEPTED = [
     (FitSpec, "crop_padding", (0, 4)),
     (FitSpec, "warmup_epochs", (0, 0.5, 5)),
     (FitSpec, "label_smoothing", (0, 0.1, 0.999)),
-    (TrainSpec, "loss", ("nmse", "mse")),
+    (TrainSpec, "loss", ("nmse", "channel-nmse", "mse", "cosine", "attention")),
+    (TrainSpec, "inputs", ("teacher", "student")),
+    (TrainSpec, "anneal", (0, 0.5, 1)),
+    (TrainSpec, "stagger", (0, 0.35, 1)),
+    (TrainSpec, "look_ahead", (0, 1, "all")),
+    (TrainSpec, "look_ahead_weight", (0.1, 10)),
+    (TrainSpec, "input_noise", (0, 0.5)),
+    (AugmentSpec, "views", (1, 20)),
+    (AugmentSpec, "crop_padding", (0, 4)),
     (TrainSpec, "last_loss", (None, "cross-entropy", "distillation")),
     (TrainSpec, "temperature", (0.1, 20)),
     (TrainSpec, "num_threads", (1, 64)),
@@ -140,7 +150,8 @@ ACCEPTED = [
     (QuantizeSpec, "activations", (None, ActivationsSpec(), ActivationsSpec(scheme="lsq", bits=1))),
     (ReduceSpec, "max_drop", (None, 0, 1.5, 100)),
     (ReduceSpec, "rounds", (1,)),
-    (ReduceSpec, "polish_epochs", (0,)),
+    (ReduceSpec, "polish_epochs", (0, 3)),
+    (ReduceSpec, "polish_lr", (None, 1e-4)),
     (ResourcesSpec, "gpus_per_section", ("auto", 0, 0.25, 1)),
     (ResourcesSpec, "cpus_per_section", (0.5, 2)),
     (ResourcesSpec, "memory_per_section", ("auto", 1)),
@@ -166,6 +177,14 @@ REFUSED = [
     (FitSpec, "warmup_epochs", (-0.5, math.inf, None)),
     (FitSpec, "label_smoothing", (-0.1, 1)),
     (TrainSpec, "loss", ("cross-entropy", None)),
+    (TrainSpec, "inputs", ("images", None)),
+    (TrainSpec, "anneal", (-0.1, 1.1)),
+    (TrainSpec, "stagger", (-0.1, 1.1)),
+    (TrainSpec, "look_ahead", (-1, "some")),
+    (TrainSpec, "look_ahead_weight", (0,)),
+    (TrainSpec, "input_noise", (-0.1, math.inf)),
+    (AugmentSpec, "views", (0,)),
+    (AugmentSpec, "crop_padding", (-1,)),
     (TrainSpec, "last_loss", ("nmse",)),
     (TrainSpec, "temperature", (0,)),
     (TrainSpec, "num_threads", (0,)),
@@ -178,7 +197,8 @@ REFUSED = [
     (QuantizeSpec, "activations", ({"scheme": "twn"}, {"bits": 9})),
     (ReduceSpec, "max_drop", (-0.1, 100.1)),
     (ReduceSpec, "rounds", (0, 2)),
-    (ReduceSpec, "polish_epochs", (1,)),
+    (ReduceSpec, "polish_epochs", (-1,)),
+    (ReduceSpec, "polish_lr", (0,)),
     (ResourcesSpec, "gpus_per_section", (-1, "all")),
     (ResourcesSpec, "cpus_per_section", (0,)),
     (ResourcesSpec, "memory_per_section", (0,)),

@@ -61,6 +61,18 @@ def _augmented_batches(
         yield images, torch.from_numpy(labels[positions])
 
 
+def view_images(part: Part, positions: np.ndarray, *, flip: bool, crop_padding: int, seed: int, epoch: int) -> Tensor:
+    """Images float32 [B, C, H, W] at positions of a part, augmented as `augmented_batches` does in that epoch."""
+    images = part.images(positions)
+    if flip:
+        images = flipped(images, mirrors(len(part), seed=seed, epoch=epoch)[positions])
+    if crop_padding:
+        images = cropped(
+            images, crop_padding, crop_corners(len(part), crop_padding, seed=seed, epoch=epoch)[:, positions]
+        )
+    return images
+
+
 def mirrors(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
     """Which of so many images an epoch mirrors [N], each with probability one half; more images change no earlier one."""
     drawn: np.ndarray = generator_of(seed, epoch, _MIRRORS).random(num_images) < 0.5

@@ -1,6 +1,6 @@
 """Partition: a teacher -> its legal cuts -> sections, their costs, and the balanced choice."""
 
-from dcq_ray.partition.choice import choose_cuts
+from dcq_ray.partition.choice import balanced_cuts, choose_cuts
 from dcq_ray.partition.costs import CutCosts, measure_costs, section_costs
 from dcq_ray.partition.sections import (
     assert_composition,
@@ -18,6 +18,7 @@ __all__ = [
     "CutPoint",
     "TracedTeacher",
     "assert_composition",
+    "balanced_cuts",
     "choose_cuts",
     "cut",
     "describe_section",

@@ -9,7 +9,8 @@ actor. The run directory is the state: a step whose valid result lies there is n
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.gate import accuracy_drop, check_gate
-from dcq_ray.phases.local import run_local, section_done, section_failure
+from dcq_ray.phases.local import run_local, section_done, section_failed
+from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
@@ -23,7 +24,8 @@ from dcq_ray.phases.session import (
     with_baseline,
     write_report,
 )
-from dcq_ray.phases.train import activation_memory_bytes, section_tasks, train_section
+from dcq_ray.phases.stream import train_stream
+from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
 
 __all__ = [
     "DumpedSlice",
@@ -63,9 +65,12 @@ __all__ = [
     "report_success",
     "run_local",
     "section_done",
+    "section_failed",
     "section_failure",
+    "section_objective",
     "section_tasks",
     "train_section",
+    "train_stream",
     "with_baseline",
     "write_report",
 ]

@@ -7,6 +7,7 @@ which slice. A boundary counts only when its manifest is committed; finished sha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from dcq_ray.data import Splits
 from dcq_ray.errors import DataError, ShardError, StorageError
 from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.phases.views import all_boundaries, images_of_view
 from dcq_ray.records import Boundary, Progress, RunContext, ShardInfo, ShardManifest
 from dcq_ray.shards import commit_manifest, finished_shards, load_manifest, samples_per_shard, write_shard
 from dcq_ray.storage import Store, add_use, hold_boundary, open_store, remove_use
@@ -52,7 +54,7 @@ def valid_manifest(context: RunContext, boundary: Boundary) -> ShardManifest | N
 
 def reusable_boundaries(context: RunContext) -> tuple[Boundary, ...]:
     """The boundaries of the plan that lie in the cache, whole."""
-    return tuple(b for b in context.plan.boundaries if valid_manifest(context, b) is not None)
+    return tuple(b for b in all_boundaries(context) if valid_manifest(context, b) is not None)
 
 
 @contextlib.contextmanager
@@ -70,7 +72,7 @@ def hold_boundaries(
             stack.enter_context(hold_boundary(boundary_store(context, boundary), on_wait=on_wait))
         done = {boundary.digest for boundary in held if valid_manifest(context, boundary) is not None}
         yield tuple(
-            boundary for boundary in context.plan.boundaries if boundary in held and boundary.digest not in done
+            boundary for boundary in all_boundaries(context) if boundary in held and boundary.digest not in done
         )
 
 
@@ -105,9 +107,9 @@ def dump_missing(
 
     Another run that dumps one of them is waited for.
     """
-    total, done, cpu_seconds = context.plan.boundaries[0].num_samples, 0, 0.0
-    have = {boundary.index for boundary in reusable_boundaries(context)}
-    absent = [boundary for boundary in wanted if boundary.index not in have]
+    done, cpu_seconds = 0, 0.0
+    have = {boundary.digest for boundary in reusable_boundaries(context)}
+    absent = [boundary for boundary in wanted if boundary.digest not in have]
 
     def on_wait(who: str) -> None:
         emit(Progress(phase="dump", state="waiting", detail=who))
@@ -117,6 +119,7 @@ def dump_missing(
             emit(Progress(phase="dump", state="reused", detail="the boundaries were in the cache"))
             return 0.0
         check_space(context, missing)
+        total = context.plan.boundaries[0].num_samples * len({boundary.view for boundary in missing})
         emit(Progress(phase="dump", done=0, total=total))
         for dumped in run_slices(missing):
             done += dumped.num_samples
@@ -130,20 +133,20 @@ def dump_missing(
 
 def lease_boundaries(context: RunContext) -> None:
     """Say in every boundary's folder that this run uses it."""
-    for boundary in context.plan.boundaries:
+    for boundary in all_boundaries(context):
         add_use(boundary_store(context, boundary), context.run_dir)
 
 
 def release_boundaries(context: RunContext) -> None:
     """Say that this run needs its boundaries no longer; they stay for others until they are collected."""
-    for boundary in context.plan.boundaries:
+    for boundary in all_boundaries(context):
         remove_use(boundary_store(context, boundary), context.run_dir)
 
 
 def dump_slices(
     context: RunContext, network: Network, splits: Splits, indices: Iterable[int], missing: Sequence[Boundary]
 ) -> Iterator[DumpedSlice]:
-    """Dump slices of the train images, one teacher pass each, and yield each slice as it is finished.
+    """Dump slices of the train images, one teacher pass for each view, and yield each slice as it is finished.
 
     Shards that an earlier, interrupted dump finished are not written again; where none of a slice is missing, the teacher
     does not run.
@@ -153,16 +156,18 @@ def dump_slices(
     sections = [section.to(device) for section in network.sections]
     size = samples_per_shard(context.job.data.batch_size)
     finished = {boundary.digest: finished_shards(boundary_store(context, boundary)) for boundary in missing}
-    for index in indices:
+    views = list(dict.fromkeys(boundary.view for boundary in missing))
+    for index, view in itertools.product(indices, views):
         start_cpu_seconds = time.process_time()
         positions = np.arange(index * size, min((index + 1) * size, len(splits.train)))
-        wanted = [boundary for boundary in missing if index not in finished[boundary.digest]]
+        wanted = [boundary for boundary in missing if boundary.view == view and index not in finished[boundary.digest]]
         if wanted:
             last = max(boundary.index for boundary in wanted)
             activations: dict[int, list[np.ndarray]] = {boundary.index: [] for boundary in wanted}
             for start in range(0, len(positions), context.job.data.batch_size):
                 batch = positions[start : start + context.job.data.batch_size]
-                for number, value in _boundary_values(sections, splits.train.images(batch).to(device), last):
+                images = images_of_view(context, splits, batch, view).to(device)
+                for number, value in _boundary_values(sections, images, last):
                     if number in activations:
                         # A copy: the next section may work in place on this very tensor.
                         activations[number].append(value.to("cpu", torch.float32, copy=True).numpy())

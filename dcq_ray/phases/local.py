@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,7 +14,8 @@ from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.reduce import finish, measure_section, measure_untrained, measured_section
 from dcq_ray.phases.reporting import report_failure, report_success
 from dcq_ray.phases.session import RunSession
-from dcq_ray.phases.train import activation_memory_bytes, train_section
+from dcq_ray.phases.stream import train_stream
+from dcq_ray.phases.train import activation_memory_bytes, section_failure, train_section
 from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
 from dcq_ray.spec import Job
 
@@ -38,13 +38,13 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
 
         session.dump(dump_all)
         started = time.monotonic()
-        results, failures = dict(session.results), []
-        for task in session.pending:
-            outcome = attempt(session, task, network)
+        results, failures = dict(session.reused), []
+        outcomes = streamed(session, network) if session.streams else each_alone(session, network)
+        for outcome in outcomes:
             if isinstance(outcome, SectionFailure):
                 failures.append(outcome)
             else:
-                results[task.index] = outcome
+                results[outcome.index] = outcome
         train_seconds = time.monotonic() - started
         ordered = [results[index] for index in sorted(results)]
         if failures:
@@ -59,6 +59,30 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
         )
         session.emit(Progress(phase="reduce", state="done"))
         return report
+
+
+def each_alone(session: RunSession, network: Network) -> Iterator[SectionResult | SectionFailure]:
+    """Train the pending sections one by one on the teacher's activations."""
+    for task in session.pending:
+        yield attempt(session, task, network)
+
+
+def streamed(session: RunSession, network: Network) -> Iterator[SectionResult | SectionFailure]:
+    """Train the pending sections in step; the first that fails ends it."""
+    context, tasks = session.context, session.pending
+    device = choose_device(context.device)
+    if not tasks:
+        return
+    for outcome in train_stream(
+        context,
+        tasks,
+        network,
+        session.prepared.splits,
+        emit=session.emit,
+        memory_bytes=activation_memory_bytes(context.job, device, num_at_once=1),
+    ):
+        session.emit(section_failed(outcome) if isinstance(outcome, SectionFailure) else section_done(outcome))
+        yield outcome
 
 
 def attempt(session: RunSession, task: SectionTask, network: Network) -> SectionResult | SectionFailure:
@@ -78,7 +102,7 @@ def attempt(session: RunSession, task: SectionTask, network: Network) -> Section
         raise
     except DcqError as error:
         failure = section_failure(task, error)
-        session.emit(Progress(phase="train", index=task.index, state="failed", detail=failure.message))
+        session.emit(section_failed(failure))
         return failure
     session.emit(section_done(result))
     return result
@@ -98,8 +122,6 @@ def section_done(result: SectionResult) -> Progress:
     )
 
 
-def section_failure(task: SectionTask, error: DcqError) -> SectionFailure:
-    """What the report says of a section that failed; call it while the exception is handled."""
-    return SectionFailure(
-        index=task.index, error_type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
-    )
+def section_failed(failure: SectionFailure) -> Progress:
+    """The line of a section that failed."""
+    return Progress(phase="train", index=failure.index, state="failed", detail=failure.message)

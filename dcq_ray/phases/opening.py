@@ -104,7 +104,7 @@ def open_run(
             store.write_bytes(JOB_FILE, job_yaml(job).encode())
             store.write_bytes(PLAN_FILE, to_json(prepared.plan))
             tell(prepared_progress(prepared))
-            for index in session.results:
+            for index in session.reused:
                 tell(Progress(phase="train", index=index, state="reused", detail="trained by an earlier run"))
             if reporting and session.finished_report is None:
                 lease_boundaries(context)

@@ -20,10 +20,13 @@ from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import DataError
 from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.phases.polish import attempt_step, judge_of, polish
 from dcq_ray.phases.prepare import part_top1
-from dcq_ray.phases.train import CALIBRATION_SAMPLES, layer_identity, refuse_stale, section_store, section_weights
+from dcq_ray.phases.sources import CALIBRATION_SAMPLES
+from dcq_ray.phases.train import layer_identity, refuse_stale, section_store, section_weights
 from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers, put_quantizers
 from dcq_ray.records import (
+    MergeStep,
     Progress,
     RunContext,
     SectionMeasurement,
@@ -32,7 +35,7 @@ from dcq_ray.records import (
     from_json,
     to_json,
 )
-from dcq_ray.stitch import reestimate_batchnorm, stitch
+from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm, stitch
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import state_bytes
 from dcq_ray.validate import agreement, boundary_errors, predict, top_k
@@ -63,6 +66,7 @@ class Finished:
     student_num_bytes_packed: int
     test_top1: float | None
     validation: ValidationReport
+    merge_steps: tuple[MergeStep, ...]
     seconds: float
     cpu_seconds: float
 
@@ -173,7 +177,7 @@ def finish(
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
     job, device = context.job, choose_device(context.device)
-    steps = ("stitch", "re-estimate BatchNorm", "validate", "write")
+    steps = ("stitch", "merge", "validate", "write")
 
     def say(number: int) -> None:
         emit(Progress(phase="reduce", done=number, total=len(steps), unit="steps", detail=steps[number]))
@@ -182,7 +186,7 @@ def finish(
     states = [section_weights(context, result) for result in results]
     student = stitch(network.teacher.module, context.plan.layers, states)
     say(1)
-    adapt_batchnorm(context, student, splits.train, device)
+    merge_steps = merge(context, student, network, splits, device, emit=emit)
     extra = bake(student)
     say(2)
     validation = validate(context, student, extra, network, splits.held_out, device)
@@ -205,9 +209,37 @@ def finish(
         student_num_bytes_packed=packed_num_bytes(state, context.plan.layers),
         test_top1=test_top1,
         validation=validation,
+        merge_steps=merge_steps,
         seconds=time.monotonic() - started,
         cpu_seconds=time.process_time() - start_cpu_seconds,
     )
+
+
+def merge(
+    context: RunContext, student: nn.Module, network: Network, splits: Splits, device: torch.device, *, emit: Emit
+) -> tuple[MergeStep, ...]:
+    """Improve the stitched student in place, as the job says, and tell what each step gave on held-out images."""
+    job, steps = context.job, []
+    if not (job.reduce.polish_epochs or (job.reduce.reestimate_batchnorm and job.reduce.roll_back)):
+        # Nothing is to be chosen, so nothing is scored.
+        adapt_batchnorm(context, student, splits.train, device)
+        return ()
+    judge = judge_of(context, network, splits.held_out, device)
+
+    def adapt() -> None:
+        adapt_batchnorm(context, student, splits.train, device)
+
+    def settle(name: str) -> None:
+        if job.reduce.reestimate_batchnorm and has_batchnorm(student):
+            steps.append(attempt_step(name, student, adapt, judge, roll_back=job.reduce.roll_back))
+
+    student.to(device)
+    settle("BatchNorm re-estimated")
+    if job.reduce.polish_epochs:
+        steps.append(polish(context, student, network, splits, judge, emit=emit))
+        if steps[-1].accepted:
+            settle("BatchNorm re-estimated after the polish")
+    return tuple(steps)
 
 
 def adapt_batchnorm(context: RunContext, student: nn.Module, train: Part, device: torch.device) -> None:

@@ -74,6 +74,7 @@ def report_success(
         student=student,
         untrained_top1=scores.untrained_top1,
         validation=finished.validation,
+        merge_steps=finished.merge_steps,
         timings=timings,
     )
     report = with_baseline(report, baseline)

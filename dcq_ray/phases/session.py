@@ -12,6 +12,8 @@ from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import DumpedSlice, dump_missing
 from dcq_ray.phases.prepare import Prepared
 from dcq_ray.phases.reduce import test_key
+from dcq_ray.phases.train import section_boundaries
+from dcq_ray.phases.views import all_boundaries
 from dcq_ray.records import (
     BaselineReport,
     Boundary,
@@ -64,13 +66,31 @@ class RunSession:
 
     @property
     def pending(self) -> tuple[SectionTask, ...]:
-        """The sections still to be trained."""
-        return tuple(task for task in self.tasks if task.index not in self.results)
+        """The sections still to be trained.
+
+        Streamed inputs come from the training of the sections before, so those are trained again with any after them; they
+        give what they gave.
+        """
+        absent = [task for task in self.tasks if task.index not in self.results]
+        if self.streams and absent:
+            return self.tasks[: absent[-1].index + 1]
+        return tuple(absent)
+
+    @property
+    def reused(self) -> dict[int, SectionResult]:
+        """The results of an earlier run that this one takes over."""
+        again = {task.index for task in self.pending}
+        return {index: result for index, result in self.results.items() if index not in again}
+
+    @property
+    def streams(self) -> bool:
+        """Whether sections train on what the sections before them give."""
+        return self.context.job.train.inputs == "student"
 
     def dump(self, run_slices: Callable[[Sequence[Boundary]], Iterable[DumpedSlice]]) -> None:
         """Dump the boundaries on which pending sections train, where the cache lacks them, and keep what that cost."""
-        indices = {index for task in self.pending for index in (task.index, task.index + 1)}
-        wanted = [boundary for boundary in self.context.plan.boundaries if boundary.index in indices]
+        needed = {boundary.digest for task in self.pending for boundary in section_boundaries(self.context, task.index)}
+        wanted = [boundary for boundary in all_boundaries(self.context) if boundary.digest in needed]
         started = time.monotonic()
         cpu_seconds = dump_missing(self.context, wanted, run_slices, self.emit)
         if cpu_seconds:

@@ -10,9 +10,9 @@ import contextlib
 import copy
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,14 +21,25 @@ from torch.fx import GraphModule
 
 from dcq_ray.data import Splits
 from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
-from dcq_ray.errors import DataError, ShardError, StaleRunError, StorageError
-from dcq_ray.losses import loss_function
+from dcq_ray.errors import DcqError, ShardError, StaleRunError, StorageError
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device
-from dcq_ray.phases.dump import boundary_store
+from dcq_ray.phases.objective import objective_loss, section_objective
+from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
+from dcq_ray.phases.views import boundary_views
 from dcq_ray.quantize import activation_starts, put_quantizers
-from dcq_ray.records import Boundary, LayerPlan, Progress, RunContext, SectionResult, SectionTask, from_json, to_json
-from dcq_ray.section import train_module
-from dcq_ray.shards import BoundaryReader, load_manifest, open_boundary, sample_order, samples_per_shard
+from dcq_ray.records import (
+    Boundary,
+    LayerPlan,
+    Progress,
+    RunContext,
+    SectionFailure,
+    SectionResult,
+    SectionTask,
+    from_json,
+    to_json,
+)
+from dcq_ray.section import TrainingResult, train_module
+from dcq_ray.shards import sample_order, samples_per_shard
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import state_bytes, state_from_bytes
@@ -37,32 +48,24 @@ from dcq_ray.teacher import state_bytes, state_from_bytes
 SHARDS_PER_WINDOW = 8
 SECONDS_BETWEEN_REPORTS = 0.25
 RESULT_FILE = "result.json"
-# Activation quantizers start from what so many samples show; the train part is shuffled, so the first ones are a fair choice.
-CALIBRATION_SAMPLES = 512
-
-Read = Callable[[np.ndarray], Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """A boundary's activations: `read` gives float32 rows at positions, on the training device."""
-
-    read: Read
-    num_samples: int
 
 
 def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
     """The tasks of a plan; a task's digest covers all that determines its result."""
     plan, job = context.plan, context.job
-    tasks = []
+    tasks: list[SectionTask] = []
+    streamed = job.train.inputs == "student"
+    ignored = {"loss", "last_loss", "look_ahead"} | (set() if streamed else {"anneal", "stagger"})
     for section in plan.sections:
-        last = section.index == len(plan.sections) - 1
-        settings = job.train.model_dump(mode="json")
-        if not last:
-            settings["last_loss"] = None
+        objective = section_objective(context, section.index)
+        settings = job.train.model_dump(mode="json", exclude=ignored)
         content = {
             "index": section.index,
-            "boundaries": [plan.boundaries[section.index].digest, plan.boundaries[section.index + 1].digest],
+            # What a section gives on streamed inputs depends on all sections before it, and on where it stands among all.
+            "before": tasks[-1].digest if streamed and tasks else None,
+            "num_sections": len(plan.sections) if streamed else None,
+            "boundaries": [boundary.digest for boundary in section_boundaries(context, section.index)],
+            "losses": objective.loss_names,
             "layers": [layer_identity(layer) for layer in section.layers],
             "train": settings,
             "seed": job.seed,
@@ -140,48 +143,74 @@ def train_section(
         StaleRunError: another driver holds the run directory now.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
-    job, plan = context.job, context.plan
+    job = context.job
     torch.set_num_threads(job.train.num_threads)
     device = choose_device(context.device)
-    section = plan.sections[task.index]
-    # A copy: the network serves other sections and measurements after this one.
-    module: GraphModule = copy.deepcopy(network.sections[task.index]).to(device)
-    last = task.index == len(plan.sections) - 1
-    loss_name = job.train.last_loss if last and job.train.last_loss is not None else job.train.loss
-    loss = loss_function(loss_name, temperature=job.train.temperature)
-
     with contextlib.ExitStack() as stack:
-        inputs = _open(context, plan.boundaries[task.index], device, memory_bytes // 2, stack)
-        if loss_name == "cross-entropy":
-            targets = _labels(splits, device)
-        else:
-            targets = _open(context, plan.boundaries[task.index + 1], device, memory_bytes // 2, stack)
-        if inputs.num_samples != targets.num_samples:
-            raise ShardError(
-                f"section {task.index}: its input has {inputs.num_samples} samples, its target {targets.num_samples}; "
-                "run again with --fresh and another storage.cache_dir"
-            )
-        put_quantizers(module, section.layers, activation_starts(module, section.layers, _first(inputs, job)))
+        views = open_views(context, task.index, splits, device, memory_bytes, stack)
+        inputs = views[0][0]
+        module = student_section(context, task.index, network, inputs, device)
         batch_size = min(job.train.batch_size, inputs.num_samples)
         steps_per_epoch = inputs.num_samples // batch_size
         window = SHARDS_PER_WINDOW * samples_per_shard(job.data.batch_size)
 
-        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        def batches(epoch: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
             order = sample_order(inputs.num_samples, window=window, seed=job.seed, section=task.index, epoch=epoch)
+            sources = views[epoch % len(views)]
+            generator = torch.Generator().manual_seed(_noise_seed(job.seed, task.index, epoch))
             for step in range(steps_per_epoch):
                 positions = order[step * batch_size : (step + 1) * batch_size]
-                yield inputs.read(positions), targets.read(positions)
+                value, *targets = (source.read(positions) for source in sources)
+                yield with_noise(value, job.train.input_noise, generator), tuple(targets)
 
         result = train_module(
             module,
             batches,
             settings=job.train,
             steps_per_epoch=steps_per_epoch,
-            loss=loss,
+            loss=objective_loss(context, task.index, network, device),
             device=device,
             what=f"section {task.index}",
-            on_step=_reporter(emit, task.index, job.train.epochs * steps_per_epoch, batch_size),
+            on_step=step_reporter(emit, task.index, job.train.epochs * steps_per_epoch, batch_size),
         )
+    return commit_section(
+        context,
+        task,
+        module,
+        result,
+        seconds=time.monotonic() - started,
+        cpu_seconds=time.process_time() - start_cpu_seconds,
+        restarts=restarts,
+    )
+
+
+def student_section(
+    context: RunContext, index: int, network: Network, inputs: Source, device: torch.device
+) -> GraphModule:
+    """A section with its quantizers where they start: on the teacher's weights, and on the first of its inputs."""
+    # A copy: the network serves other sections and measurements after this one.
+    module: GraphModule = copy.deepcopy(network.sections[index]).to(device)
+    layers = context.plan.sections[index].layers
+    calibration = first_batches(inputs, context.job.data.batch_size)
+    put_quantizers(module, layers, activation_starts(module, layers, calibration))
+    return module
+
+
+def commit_section(
+    context: RunContext,
+    task: SectionTask,
+    module: torch.nn.Module,
+    result: TrainingResult,
+    *,
+    seconds: float,
+    cpu_seconds: float,
+    restarts: int,
+) -> SectionResult:
+    """Write a trained section's weights into an attempt of its own and, last, the result that names it.
+
+    Raises:
+        StaleRunError: another driver holds the run directory now; no result is written.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     attempt = f"{context.epoch}-{uuid.uuid4().hex[:8]}"
     store = section_store(context, task.index)
@@ -197,16 +226,23 @@ def train_section(
         final_loss=result.final_loss,
         num_steps=result.num_steps,
         num_sample_passes=result.num_sample_passes,
-        seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - start_cpu_seconds,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
         input_wait_seconds=result.input_wait_seconds,
-        device=str(device),
+        device=str(choose_device(context.device)),
         restarts=restarts,
         loss_curve=result.loss_curve,
     )
     refuse_stale(context)
     store.write_bytes(RESULT_FILE, to_json(committed))
     return committed
+
+
+def section_failure(task: SectionTask, error: DcqError) -> SectionFailure:
+    """What the report says of a section that failed; call it while the exception is handled."""
+    return SectionFailure(
+        index=task.index, error_type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
+    )
 
 
 def activation_memory_bytes(job: Job, device: torch.device, *, num_at_once: int) -> int:
@@ -230,62 +266,47 @@ def refuse_stale(context: RunContext) -> None:
         )
 
 
-def _open(
-    context: RunContext, boundary: Boundary, device: torch.device, memory_bytes: int, stack: contextlib.ExitStack
-) -> _Source:
-    store = boundary_store(context, boundary)
-    try:
-        manifest = load_manifest(store, digest=boundary.digest)
-        if manifest is None:
-            raise ShardError(
-                f"{store.uri}: no activations of boundary {boundary.index} ({boundary.cut}) there; is storage.cache_dir a "
-                "folder that every node shares? Run again to dump them"
-            )
-        reader = stack.enter_context(open_boundary(store, manifest))
-    except ShardError:
-        # Nobody may trust it again; who reads it now has his files open.
-        store.delete("manifest.json")
-        raise
-    if reader.num_samples * boundary.bytes_per_sample <= memory_bytes:
-        return _resident(reader, device)
-
-    def read(positions: np.ndarray) -> Tensor:
-        return torch.from_numpy(reader.read(positions)).to(device).float()
-
-    return _Source(read=read, num_samples=reader.num_samples)
+def section_views(context: RunContext, index: int) -> tuple[tuple[Boundary, ...], ...]:
+    """For each view of the train images the boundaries that a section reads: its input, and its targets."""
+    needed = (index, *section_objective(context, index).boundaries)
+    return tuple(tuple(view[number] for number in needed) for view in boundary_views(context))
 
 
-def _resident(reader: BoundaryReader, device: torch.device) -> _Source:
-    """The whole boundary as one tensor on the training device, in its stored dtype."""
-    values = torch.from_numpy(reader.read(np.arange(reader.num_samples))).to(device)
-
-    def read(positions: np.ndarray) -> Tensor:
-        # Indexing copies, so that a section which works in place cannot change what is stored.
-        return values.index_select(0, torch.from_numpy(positions).to(device)).float()
-
-    return _Source(read=read, num_samples=len(values))
+def section_boundaries(context: RunContext, index: int) -> tuple[Boundary, ...]:
+    """All stored boundaries, of every view, that a section reads."""
+    return tuple(boundary for view in section_views(context, index) for boundary in view)
 
 
-def _first(inputs: _Source, job: Job) -> Iterator[Tensor]:
-    num_samples = min(inputs.num_samples, CALIBRATION_SAMPLES)
-    for start in range(0, num_samples, job.data.batch_size):
-        yield inputs.read(np.arange(start, min(start + job.data.batch_size, num_samples)))
-
-
-def _labels(splits: Splits | None, device: torch.device) -> _Source:
-    if splits is None or splits.train.labels is None:
-        raise DataError(
-            "train.last_loss: cross-entropy needs labels of the train images; use distillation, or give labels"
+def open_views(
+    context: RunContext,
+    index: int,
+    splits: Splits | None,
+    device: torch.device,
+    memory_bytes: int,
+    stack: contextlib.ExitStack,
+) -> list[list[Source]]:
+    """For each view of the images what a section reads: its input, then its targets; open until the stack is closed."""
+    views = section_views(context, index)
+    share = memory_bytes // (len(views) * len(views[0]))
+    labels = [label_source(splits, device)] if section_objective(context, index).labels else []
+    opened = [
+        [*(boundary_source(context, boundary, device, share, stack) for boundary in view), *labels] for view in views
+    ]
+    counts = sorted({source.num_samples for sources in opened for source in sources})
+    if len(counts) > 1:
+        raise ShardError(
+            f"section {index}: its input and its targets have {counts} samples, expected as many of each; run again with "
+            "--fresh and another storage.cache_dir"
         )
-    labels = torch.from_numpy(splits.train.labels).to(device)
-
-    def read(positions: np.ndarray) -> Tensor:
-        return labels.index_select(0, torch.from_numpy(positions).to(device))
-
-    return _Source(read=read, num_samples=len(labels))
+    return opened
 
 
-def _reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callable[[int, float], None]:
+def _noise_seed(seed: int, section: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, section, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def step_reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callable[[int, float], None]:
+    """What tells of a section's steps now and then, and of the last one."""
     started = reported = time.monotonic()
 
     def on_step(step: int, loss: float) -> None:

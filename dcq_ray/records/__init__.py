@@ -20,7 +20,15 @@ from dcq_ray.records.report import (
 )
 from dcq_ray.records.shards import ShardInfo, ShardManifest
 from dcq_ray.records.version import FORMAT_VERSION
-from dcq_ray.records.work import LossPoint, RunContext, SectionFailure, SectionMeasurement, SectionResult, SectionTask
+from dcq_ray.records.work import (
+    LossPoint,
+    MergeStep,
+    RunContext,
+    SectionFailure,
+    SectionMeasurement,
+    SectionResult,
+    SectionTask,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -29,6 +37,7 @@ __all__ = [
     "Boundary",
     "LayerPlan",
     "LossPoint",
+    "MergeStep",
     "PartitionPlan",
     "PhaseCpuSeconds",
     "Progress",

@@ -21,6 +21,8 @@ class Boundary:
     """As stored: float16 or float32."""
     digest: str
     """Of all that determines the stored activations; their folder's name in the cache."""
+    view: int | None = None
+    """Of which augmented view of the images; None: of the images as they are."""
 
     @property
     def bytes_per_sample(self) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from dcq_ray.records.plan import BitsWork, LayerPlan
 from dcq_ray.records.version import FORMAT_VERSION
-from dcq_ray.records.work import LossPoint, SectionFailure
+from dcq_ray.records.work import LossPoint, MergeStep, SectionFailure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +117,8 @@ class RunReport:
     """Of the teacher's parameters: weights outside of Conv and Linear layers."""
     failures: tuple[SectionFailure, ...]
     validation: ValidationReport | None
+    merge_steps: tuple[MergeStep, ...] = ()
+    """What was done to the stitched student, in order, and what it gave on held-out images."""
     timings: Timings
     notes: tuple[str, ...]
     """What a reader should know: no labels, a gate missed, weights left alone."""

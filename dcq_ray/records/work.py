@@ -85,3 +85,16 @@ class SectionMeasurement:
     agreement_alone: float
     relative_error: float
     """Norm of (student section - teacher section) over norm of teacher section, on the teacher's own inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeStep:
+    """What a step of the merge did to the stitched student's score on held-out images."""
+
+    name: str
+    score_before: float
+    """Top-1; without labels the agreement with the teacher."""
+    score_after: float
+    """Of the polish: after its best epoch."""
+    accepted: bool
+    """Whether it was kept; otherwise the student is as it was before."""

@@ -10,7 +10,6 @@ from typing import Any
 import ray
 import torch
 
-from dcq_ray.errors import DcqError, SectionTrainingError
 from dcq_ray.phases import (
     DumpedSlice,
     Emit,
@@ -35,7 +34,8 @@ from dcq_ray.records import (
     SectionTask,
 )
 from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
-from dcq_ray.remote.workers import ReducerActor, SectionActor, cuda_task, dump_task
+from dcq_ray.remote.stream import train_streamed
+from dcq_ray.remote.workers import ReducerActor, SectionActor, cuda_task, dump_task, unwrapped
 from dcq_ray.spec import Job
 
 POLL_SECONDS = 0.5
@@ -71,9 +71,12 @@ def run_remote(
             session.dump(lambda missing: _dumped(session.context, missing, share))
             started = time.monotonic()
             reducer = ReducerActor.options(num_cpus=0, max_concurrency=2).remote(session.context, share)
-            for result in session.results.values():
+            for result in session.reused.values():
                 reducer.take.remote(result)
-            results, failures = _train_all(session, share, reducer)
+            if session.streams:
+                results, failures = train_streamed(session, share, reducer.take.remote)
+            else:
+                results, failures = _train_all(session, share, reducer)
             train_seconds = time.monotonic() - started
             if failures:
                 raise report_failure(session, results, failures)
@@ -110,14 +113,14 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
     while waiting:
         ready, _ = ray.wait(waiting, num_returns=1)
         try:
-            yield _get(next(ready[0]))
+            yield unwrapped(next(ready[0]))
         except StopIteration:
             waiting.remove(ready[0])
 
 
 def _train_all(session: RunSession, share: Share, reducer: Any) -> tuple[list[SectionResult], list[SectionFailure]]:
     """Train the pending sections, each in its own actor, longest first; a worker that dies is replaced twice."""
-    results, failures = dict(session.results), []
+    results, failures = dict(session.reused), []
     tasks = {task.index: task for task in session.pending}
     queue = [tasks[section.index] for section in longest_first(session.context.plan.sections) if section.index in tasks]
     restarts = dict.fromkeys(tasks, 0)
@@ -136,7 +139,7 @@ def _train_all(session: RunSession, share: Share, reducer: Any) -> tuple[list[Se
         for reference in done:
             worker, task = running.pop(reference)
             try:
-                outcome = _get(reference)
+                outcome = unwrapped(reference)
             except ray.exceptions.RayActorError as error:
                 restarts[task.index] += 1
                 if restarts[task.index] <= MAX_RESTARTS:
@@ -182,21 +185,8 @@ def _reduced(
     total = len(results) + 1
     reference = reducer.reduce.remote(results)
     while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        done = _get(reducer.num_measured.remote())
+        done = unwrapped(reducer.num_measured.remote())
         detail = "measuring sections alone" if done < len(results) else "stitching and validating"
         session.emit(Progress(phase="reduce", done=done, total=total, unit="steps", detail=detail))
-    measurements, scores, finished = _get(reference)
+    measurements, scores, finished = unwrapped(reference)
     return sorted(measurements, key=lambda measurement: measurement.index), scores, finished
-
-
-def _get(reference: Any) -> Any:
-    """ray.get, with our own exceptions as they were raised in the worker, and a dead worker's told in a sentence."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, DcqError):
-            raise cause from error
-        raise SectionTrainingError(
-            f"a worker failed: {type(cause).__name__}: {cause}; run with --debug to see where"
-        ) from error

@@ -10,7 +10,7 @@ import torch
 
 from dcq_ray.callables import importable_from
 from dcq_ray.data import Splits
-from dcq_ray.errors import DcqError, StaleRunError
+from dcq_ray.errors import DcqError, SectionTrainingError, StaleRunError
 from dcq_ray.phases import (
     DumpedSlice,
     Finished,
@@ -27,6 +27,7 @@ from dcq_ray.phases import (
     open_network,
     open_splits,
     section_failure,
+    section_objective,
     train_section,
 )
 from dcq_ray.records import (
@@ -89,9 +90,7 @@ class SectionWorker:
         context = self._context
         importable_from(context.job_folder)
         try:
-            needs_labels = (
-                context.job.train.last_loss == "cross-entropy" and task.index == len(context.plan.sections) - 1
-            )
+            needs_labels = section_objective(context, task.index).labels
             return train_section(
                 context,
                 task,
@@ -124,27 +123,41 @@ class Reducer:
         self._measure = _measure_task.options(**share.options)
         self._finish = _finish_task.options(**share.options)
         self._scores = _untrained_task.options(**share.options)
-        self._measurements: list[Any] = []
+        self._measurements: dict[int, Any] = {}
         self._untrained: Any = None
 
     def take(self, result: SectionResult) -> None:
-        """Start to measure a finished section."""
-        self._measurements.append(self._measure.remote(self._context, result))
+        """Start to measure a finished section; one that was trained again takes the place of its first result."""
+        self._measurements[result.index] = self._measure.remote(self._context, result)
 
     def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
         untrained = self._scores.remote(self._context)
         finished = self._finish.remote(self._context, results)
-        return tuple(ray.get(self._measurements)), ray.get(untrained), ray.get(finished)
+        return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), ray.get(finished)
 
     def num_measured(self) -> int:
         """How many sections are measured so far."""
         done, _ = (
-            ray.wait(self._measurements, num_returns=len(self._measurements), timeout=0)
+            ray.wait(list(self._measurements.values()), num_returns=len(self._measurements), timeout=0)
             if self._measurements
             else ([], [])
         )
         return len(done)
+
+
+def unwrapped(reference: Any) -> Any:
+    """ray.get, with our own exceptions as they were raised in the worker, and a dead worker's told in a sentence."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        # An actor that found another one dead has nothing wrong itself.
+        if isinstance(cause, DcqError | ray.exceptions.RayActorError):
+            raise cause from error
+        raise SectionTrainingError(
+            f"a worker failed: {type(cause).__name__}: {cause}; run with --debug to see where"
+        ) from error
 
 
 cuda_task = ray.remote(_cuda_works)

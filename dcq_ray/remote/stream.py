@@ -1,0 +1,225 @@
+"""Streamed sections on a cluster: one actor for each run of neighbouring sections, activations handed on tick by tick.
+
+An actor sends the output of its last section straight to the next actor, at most a few ticks ahead of what that one has taken,
+so the object store holds a handful of batches however long the training is. When a worker dies, all are started again: what
+they had trained and not committed is lost, and the sections that were committed give what they gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch import Tensor
+
+from dcq_ray.callables import importable_from
+from dcq_ray.partition import balanced_cuts
+from dcq_ray.phases import (
+    Emit,
+    RunSession,
+    activation_memory_bytes,
+    choose_device,
+    open_network,
+    open_splits,
+    section_done,
+    section_failed,
+    section_objective,
+    train_stream,
+)
+from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
+from dcq_ray.remote.cluster import Share
+from dcq_ray.remote.workers import unwrapped
+
+# So many ticks a section may be ahead of its successor.
+MAX_TICKS_AHEAD = 4
+MAX_RESTARTS = 2
+POLL_SECONDS = 0.5
+
+
+class StreamWorker:
+    """Trains neighbouring sections in step, on what the worker before it feeds."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._lines: dict[int, Progress] = {}
+        self._fed: dict[int, np.ndarray] = {}
+        self._outcomes: list[SectionResult | SectionFailure] = []
+        self._changed = threading.Condition()
+
+    def train(self, tasks: Sequence[SectionTask], follower: Any, num_at_once: int, restarts: int) -> None:
+        """Train the tasks to the end; what they gave is had from `news` as soon as it is committed."""
+        context = self._context
+        importable_from(context.job_folder)
+        device = choose_device(context.device)
+        needs_labels = any(section_objective(context, task.index).labels for task in tasks)
+        for outcome in train_stream(
+            context,
+            tasks,
+            open_network(context),
+            open_splits(context) if needs_labels else None,
+            emit=self._take_line,
+            memory_bytes=activation_memory_bytes(context.job, device, num_at_once=num_at_once),
+            receive=self._receive if tasks[0].index else None,
+            send=None if follower is None else _sender(follower),
+            restarts=restarts,
+        ):
+            with self._changed:
+                self._outcomes.append(outcome)
+
+    def feed(self, tick: int, activations: np.ndarray) -> None:
+        """Take the input of a tick; returns when there is room for another."""
+        with self._changed:
+            self._fed[tick] = activations
+            self._changed.notify_all()
+            # Its own tick may be the one that is waited for, so it is kept first, and only then is room waited for.
+            self._changed.wait_for(lambda: len(self._fed) <= MAX_TICKS_AHEAD)
+
+    def news(self) -> tuple[list[Progress], list[SectionResult | SectionFailure]]:
+        """The latest line of every section, and what was committed or failed since the last call."""
+        with self._changed:
+            outcomes, self._outcomes = self._outcomes, []
+        return list(self._lines.values()), outcomes
+
+    def _receive(self, tick: int) -> Tensor:
+        with self._changed:
+            self._changed.wait_for(lambda: tick in self._fed)
+            activations = self._fed.pop(tick)
+            self._changed.notify_all()
+        # A copy: what came out of the object store cannot be written to.
+        return torch.from_numpy(activations.copy())
+
+    def _take_line(self, progress: Progress) -> None:
+        assert progress.index is not None
+        self._lines[progress.index] = progress
+
+
+def train_streamed(
+    session: RunSession, share: Share, took: Callable[[SectionResult], None]
+) -> tuple[list[SectionResult], list[SectionFailure]]:
+    """Train the pending sections in step on as many workers as there are places.
+
+    Args:
+        took: called with every result as it is committed.
+    """
+    results: dict[int, SectionResult] = dict(session.reused)
+    for restarts in range(MAX_RESTARTS + 1):
+        try:
+            failures = _train_once(session, share, results, took, restarts)
+        except ray.exceptions.RayActorError as error:
+            if restarts < MAX_RESTARTS:
+                for task in session.pending:
+                    session.emit(
+                        Progress(
+                            phase="train", index=task.index, state="waiting", detail="a worker died; starting again"
+                        )
+                    )
+                continue
+            failures = [
+                SectionFailure(
+                    index=task.index,
+                    error_type=type(error).__name__,
+                    message=f"section {task.index}: a worker died {restarts + 1} times; the last time: {error}",
+                    traceback="",
+                )
+                for task in session.pending
+                if task.index not in results
+            ]
+        break
+    return [results[index] for index in sorted(results)], failures
+
+
+def _train_once(
+    session: RunSession,
+    share: Share,
+    results: dict[int, SectionResult],
+    took: Callable[[SectionResult], None],
+    restarts: int,
+) -> list[SectionFailure]:
+    groups = _groups(session, share.places)
+    if not groups:
+        return []
+    context_ref = ray.put(session.context)
+    failures: list[SectionFailure] = []
+    actor = StreamActor.options(max_concurrency=2 * MAX_TICKS_AHEAD + 2, **share.options)
+    with _workers(actor, context_ref, len(groups)) as workers:
+        running = {
+            worker.train.remote(group, follower, len(groups), restarts): worker
+            for worker, group, follower in zip(workers, groups, [*workers[1:], None], strict=True)
+        }
+        while running and not failures:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for outcome in _tell(workers, session.emit):
+                if isinstance(outcome, SectionFailure):
+                    failures.append(outcome)
+                    session.emit(section_failed(outcome))
+                else:
+                    results[outcome.index] = outcome
+                    took(outcome)
+                    session.emit(section_done(outcome))
+            for reference in done:
+                running.pop(reference)
+                unwrapped(reference)
+        for outcome in _tell(workers, session.emit):
+            if isinstance(outcome, SectionResult):
+                results[outcome.index] = outcome
+                took(outcome)
+                session.emit(section_done(outcome))
+    return failures
+
+
+def _groups(session: RunSession, places: int) -> list[tuple[SectionTask, ...]]:
+    """The pending sections in runs of neighbours, the slowest run as fast as possible."""
+    tasks = session.pending
+    sections = session.context.plan.sections
+    costs = [sections[task.index].step_seconds for task in tasks]
+    if not tasks:
+        return []
+    ends = [
+        *(piece + 1 for piece in balanced_cuts(costs, [0] * len(costs), min(places, len(tasks)))),
+        len(tasks),
+    ]
+    return [tuple(tasks[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+@contextlib.contextmanager
+def _workers(actor: Any, context_ref: Any, count: int) -> Iterator[list[Any]]:
+    workers = [actor.remote(context_ref) for _ in range(count)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            # A handle that is kept keeps the place taken.
+            ray.kill(worker)
+
+
+def _tell(workers: Sequence[Any], emit: Emit) -> list[SectionResult | SectionFailure]:
+    """Pass on how far the workers are, and give what they committed."""
+    outcomes: list[SectionResult | SectionFailure] = []
+    for reference in [worker.news.remote() for worker in workers]:
+        # A worker that just died is dealt with where its result is awaited.
+        with contextlib.suppress(ray.exceptions.RayError):
+            lines, found = ray.get(reference)
+            for line in lines:
+                emit(line)
+            outcomes.extend(found)
+    return outcomes
+
+
+def _sender(follower: Any) -> Callable[[int, Tensor], None]:
+    """What feeds the following worker, and waits where it is too far ahead."""
+    sent: list[Any] = []
+
+    def send(tick: int, output: Tensor) -> None:
+        sent.append(follower.feed.remote(tick, output.cpu().numpy()))
+        if len(sent) > MAX_TICKS_AHEAD:
+            ray.get(sent.pop(0))
+
+    return send
+
+
+StreamActor = ray.remote(StreamWorker)

@@ -1,0 +1,87 @@
+"""Merge steps: kept where held-out images agree, undone where not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dcq_ray.data import load_splits
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import run_local
+from dcq_ray.phases.polish import Judge, attempt_step
+from dcq_ray.records import RunReport
+
+
+def judge_on(document: dict[str, Any], folder: Path, reference: torch.Tensor | None = None) -> Judge:
+    splits = load_splits(resolve_job(document, source="test").data, seed=0, job_folder=str(folder))
+    return Judge(held_out=splits.held_out, batch_size=32, device=torch.device("cpu"), reference=reference)
+
+
+def always(label: int) -> nn.Module:
+    """A network that says the same class to every image."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.eye(10)[label].clone()
+    return network.eval()
+
+
+def test_a_step_that_makes_it_worse_is_undone(job_document: dict[str, Any], tmp_path: Path) -> None:
+    # Class 0 is right for a quarter of the images, class 7 for none.
+    judge = judge_on(job_document, tmp_path, torch.eye(10)[torch.arange(100) % 4])
+    student = always(0)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def spoil() -> None:
+        student.load_state_dict(always(7).state_dict())
+
+    step = attempt_step("spoil", student, spoil, judge, roll_back=True)
+    assert not step.accepted
+    assert (step.score_before, step.score_after) == (0.25, 0.0)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert attempt_step("spoil", student, spoil, judge, roll_back=False).accepted
+    assert judge(student) == 0.0
+
+
+def test_without_labels_the_teacher_judges(job_document: dict[str, Any], tmp_path: Path) -> None:
+    reference = torch.eye(10)[torch.arange(100) % 4]
+    judge = judge_on(job_document, tmp_path, reference)
+    assert judge(always(0)) == 0.25
+    # With labels, which are balanced, any one class is right for a tenth.
+    assert judge_on(job_document, tmp_path)(always(0)) == 0.1
+
+
+def finished(document: dict[str, Any], folder: Path, **reduce: Any) -> RunReport:
+    job = resolve_job({**document, "reduce": reduce}, source="test")
+    return run_local(job, str(folder), emit=lambda _: None, owner="test")
+
+
+@pytest.mark.slow
+def test_the_polish_helps_a_hardly_trained_student_and_is_reported(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    document = {**job_document, "train": {"epochs": 1, "batch_size": 32, "lr": 1e-5}}
+    plain = finished(document, tmp_path)
+    polished = finished(document, tmp_path, polish_epochs=3, polish_lr=3e-3)
+    assert [step.name for step in plain.merge_steps] == ["BatchNorm re-estimated"]
+    names = [step.name for step in polished.merge_steps]
+    assert names == ["BatchNorm re-estimated", "polish", "BatchNorm re-estimated after the polish"]
+    assert plain.validation is not None
+    assert plain.validation.top1 is not None
+    assert polished.validation is not None
+    assert polished.validation.top1 is not None
+    assert polished.validation.top1 > plain.validation.top1
+    assert polished.validation.top1 == max(step.score_after for step in polished.merge_steps if step.accepted)
+
+
+@pytest.mark.slow
+def test_a_polish_that_hurts_is_undone(job_document: dict[str, Any], tmp_path: Path) -> None:
+    plain = finished(job_document, tmp_path)
+    wild = finished(job_document, tmp_path, polish_epochs=1, polish_lr=3.0)
+    assert [step.accepted for step in wild.merge_steps if step.name == "polish"] == [False]
+    assert plain.student is not None
+    assert wild.student is not None
+    assert wild.student.sha256 == plain.student.sha256
