@@ -30,7 +30,7 @@ from dcq_ray.errors import (
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import check_gate, part_top1, predict, read_report, run_local
 from dcq_ray.phases.predict import makespan, makespan_lower_bound
-from dcq_ray.phases.session import with_baseline
+from dcq_ray.phases.session import with_baselines
 from dcq_ray.phases.train import refuse_stale
 from dcq_ray.quantize import put_input_quantizers
 from dcq_ray.records import BaselineReport, PartitionPlan, Progress, RunContext, RunReport, from_json
@@ -440,9 +440,9 @@ def test_gap_closed_by_hand(job_document: dict[str, Any], tmp_path: Path) -> Non
         num_sample_passes=1,
         seconds=1.0,
     )
-    assert with_baseline(report, rival).gap_closed == pytest.approx(0.8)
-    assert with_baseline(report, dataclasses.replace(rival, top1=0.95)).gap_closed is None
-    assert with_baseline(report, None).gap_closed is None
+    assert with_baselines(report, [rival]).gap_closed == pytest.approx(0.8)
+    assert with_baselines(report, [dataclasses.replace(rival, top1=0.95)]).gap_closed is None
+    assert with_baselines(report, []).gap_closed is None
 
 
 def test_makespan_by_hand() -> None:

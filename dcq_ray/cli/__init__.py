@@ -10,9 +10,10 @@ import traceback
 
 import click
 
+from dcq_ray.cli.baseline import baseline
 from dcq_ray.cli.inspect import evaluate, ls, report, schema, status
 from dcq_ray.cli.prepare import plan, teacher
-from dcq_ray.cli.run import baseline, run
+from dcq_ray.cli.run import run
 from dcq_ray.errors import DcqError
 from dcq_ray.version import __version__
 

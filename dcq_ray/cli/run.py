@@ -1,4 +1,4 @@
-"""`dcq-ray run` and `dcq-ray baseline`."""
+"""`dcq-ray run`, and what other commands that work on a run share."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def run(
     with watching(job, log_format) as (emit, say), interruptible(job):
         result = _run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
         if with_rival and result.baseline is None:
-            result = _run_rival(job, folder, emit) or result
-    _show(job, result, log_format)
+            result = run_rival(job, folder, emit, "dorefa", "passes") or result
+    show_report(job, result, log_format)
     from dcq_ray.phases import check_gate
 
     check_gate(result)
@@ -75,34 +75,20 @@ def run(
         click.echo(f"published to {publish}", err=True)
 
 
-@click.command(epilog="\b\nExample:\n  dcq-ray baseline jobs/mnist-lenet-w1.yaml --method dorefa")
-@job_argument
-@set_option
-@run_dir_option
-@click.option(
-    "--method",
-    type=click.Choice(["dorefa"]),
-    default="dorefa",
-    show_default=True,
-    help="dorefa: end-to-end DoReFa-Net training with cross-entropy, the best of three learning rates.",
-)
-@log_format_option
-@debug_option
-def baseline(
-    job_path: str, overrides: tuple[str, ...], run_dir: str | None, method: str, log_format: Literal["text", "json"]
-) -> None:
-    """Train a rival from the same teacher, data and quantizer at equal sample passes; its row goes beside the run's."""
-    job, folder = read_job(job_path, overrides, run_dir)
-    with watching(job, log_format) as (emit, _), interruptible(job):
-        result = _run_rival(job, folder, emit)
-    if result is not None:
-        _show(job, result, log_format)
-        return
-    from dcq_ray.storage import open_store
+def run_rival(
+    job: Job, folder: str, emit: Emit, method: str, budget: Literal["passes", "cpu-seconds"]
+) -> RunReport | None:
+    """Train the rival, unless it was; the run's report with its row, or None where the run is not finished."""
+    import torch
 
-    kept = open_store(job.storage.run_dir).read_bytes("baseline.json").decode()
-    click.echo(kept)
-    click.echo(f"the run itself is not finished: `dcq-ray run {job_path}` puts this row beside its own", err=True)
+    from dcq_ray.baseline import train_rival
+    from dcq_ray.phases import choose_device, keep_baseline, kept_baseline, open_run
+
+    device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
+    owner = f"dcq-ray baseline of job {job.name}"
+    with open_run(job, folder, device=device, emit=emit, owner=owner, reporting=False) as session:
+        found = kept_baseline(session, method, budget)
+        return keep_baseline(session, train_rival(session, method, budget) if found is None else found)
 
 
 def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
@@ -124,20 +110,6 @@ def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit,
         fresh=fresh,
         log_to_driver="--debug" in sys.argv,
     )
-
-
-def _run_rival(job: Job, folder: str, emit: Emit) -> RunReport | None:
-    """Train the rival, unless it was; the run's report with its row, or None where the run is not finished."""
-    import torch
-
-    from dcq_ray.baseline import train_dorefa
-    from dcq_ray.phases import choose_device, keep_baseline, kept_baseline, open_run
-
-    device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
-    owner = f"dcq-ray baseline of job {job.name}"
-    with open_run(job, folder, device=device, emit=emit, owner=owner, reporting=False) as session:
-        found = kept_baseline(session)
-        return keep_baseline(session, train_dorefa(session) if found is None else found)
 
 
 @contextlib.contextmanager
@@ -171,7 +143,7 @@ def interruptible(job: Job, *, kept_in: str | None = None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def _show(job: Job, report: RunReport, log_format: Literal["text", "json"]) -> None:
+def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"]) -> None:
     """Write the page, and print the tables."""
     from rich.console import Console
 

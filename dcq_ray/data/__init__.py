@@ -10,7 +10,7 @@
 Owns all that happens between a data set's files and the teacher's input. Knows nothing of networks, shards or Ray.
 """
 
-from dcq_ray.data.batches import augmented_batches, ordered_batches, view_images
+from dcq_ray.data.batches import augmented_batches, epoch_order, ordered_batches, view_images
 from dcq_ray.data.splits import Part, Splits, load_splits
 
-__all__ = ["Part", "Splits", "augmented_batches", "load_splits", "ordered_batches", "view_images"]
+__all__ = ["Part", "Splits", "augmented_batches", "epoch_order", "load_splits", "ordered_batches", "view_images"]

@@ -48,7 +48,7 @@ def augmented_batches(
 def _augmented_batches(
     part: Part, labels: np.ndarray, batch_size: int, flip: bool, crop_padding: int, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    order = generator_of(seed, epoch).permutation(len(part))
+    order = epoch_order(len(part), seed=seed, epoch=epoch)
     mirrored = mirrors(len(part), seed=seed, epoch=epoch)
     corners = crop_corners(len(part), crop_padding, seed=seed, epoch=epoch)
     for index in range(max(1, len(part) // batch_size)):
@@ -71,6 +71,11 @@ def view_images(part: Part, positions: np.ndarray, *, flip: bool, crop_padding: 
             images, crop_padding, crop_corners(len(part), crop_padding, seed=seed, epoch=epoch)[:, positions]
         )
     return images
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order [N] in which an epoch of `augmented_batches` sees so many images."""
+    return generator_of(seed, epoch).permutation(num_images)
 
 
 def mirrors(num_images: int, *, seed: int, epoch: int) -> np.ndarray:

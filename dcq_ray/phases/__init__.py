@@ -20,8 +20,9 @@ from dcq_ray.phases.session import (
     RunSession,
     keep_baseline,
     kept_baseline,
+    kept_baselines,
     read_report,
-    with_baseline,
+    with_baselines,
     write_report,
 )
 from dcq_ray.phases.stream import train_stream
@@ -45,6 +46,7 @@ __all__ = [
     "ignore_progress",
     "keep_baseline",
     "kept_baseline",
+    "kept_baselines",
     "longest_first",
     "measure_section",
     "measure_untrained",
@@ -71,6 +73,6 @@ __all__ = [
     "section_tasks",
     "train_section",
     "train_stream",
-    "with_baseline",
+    "with_baselines",
     "write_report",
 ]

@@ -18,7 +18,7 @@ from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
 from dcq_ray.phases.reduce import SCORES_FILE, STUDENT_FILE
 from dcq_ray.phases.reporting import draft_report
 from dcq_ray.phases.session import (
-    BASELINE_FILE,
+    BASELINES_FOLDER,
     DUMP_FILE,
     REPORT_FILE,
     RunSession,
@@ -130,14 +130,14 @@ def clear_run(store: Store) -> None:
         PLAN_FILE,
         JOB_FILE,
         DUMP_FILE,
-        BASELINE_FILE,
         STUDENT_FILE,
         SCORES_FILE,
         STATUS_FILE,
     ):
         if store.exists(name):
             store.delete(name)
-    store.child("sections").delete_tree()
+    for folder in ("sections", BASELINES_FOLDER):
+        store.child(folder).delete_tree()
 
 
 def _finished_report(

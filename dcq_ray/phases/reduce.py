@@ -56,6 +56,7 @@ class TestScores:
     key: str
     teacher_top1: float | None
     untrained_top1: float | None
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +86,7 @@ def measured_section(context: RunContext, result: SectionResult) -> SectionMeasu
 
 def measure_section(context: RunContext, result: SectionResult, network: Network, splits: Splits) -> SectionMeasurement:
     """Measure the teacher with this one section replaced, on held-out images; kept beside the section's weights."""
+    start_cpu_seconds = time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
     device = choose_device(context.device)
     sections = [section.to(device).eval() for section in network.sections]
@@ -113,6 +115,7 @@ def measure_section(context: RunContext, result: SectionResult, network: Network
         top1_alone=None if labels is None else top_k(logits, torch.from_numpy(labels), 1),
         agreement_alone=agreement(logits, torch.cat(reference)),
         relative_error=(squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
+        cpu_seconds=time.process_time() - start_cpu_seconds,
     )
     section_store(context, result.index).child(result.attempt).write_bytes(MEASUREMENT_FILE, to_json(measurement))
     return measurement
@@ -133,6 +136,7 @@ def test_key(context: RunContext, splits: Splits) -> str:
 
 def measure_untrained(context: RunContext, network: Network, splits: Splits) -> TestScores:
     """Score the teacher and the student before any training on the test part; kept in the run directory."""
+    start_cpu_seconds = time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
     key = test_key(context, splits)
     store = open_store(context.run_dir)
@@ -153,7 +157,12 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
         untrained = untrained_student(context, network, splits.train, device)
         adapt_batchnorm(context, untrained, splits.train, device)
         untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
-    scores = TestScores(key=key, teacher_top1=teacher_top1, untrained_top1=untrained_top1)
+    scores = TestScores(
+        key=key,
+        teacher_top1=teacher_top1,
+        untrained_top1=untrained_top1,
+        cpu_seconds=time.process_time() - start_cpu_seconds,
+    )
     store.write_bytes(SCORES_FILE, to_json(scores))
     return scores
 

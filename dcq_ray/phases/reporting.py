@@ -10,7 +10,7 @@ from dcq_ray.digests import library_versions
 from dcq_ray.errors import SectionTrainingError
 from dcq_ray.phases.predict import makespan_lower_bound
 from dcq_ray.phases.reduce import Finished, TestScores
-from dcq_ray.phases.session import RunSession, kept_baseline, run_digest, with_baseline, write_report
+from dcq_ray.phases.session import RunSession, kept_baselines, run_digest, with_baselines, write_report
 from dcq_ray.records import (
     PartitionPlan,
     PhaseCpuSeconds,
@@ -54,7 +54,6 @@ def report_success(
     bound = (
         makespan_lower_bound([result.cpu_seconds for result in results], num_workers) + cost.cpu_seconds / num_workers
     )
-    baseline = kept_baseline(session)
     timings = Timings(
         dump_seconds=cost.seconds,
         train_seconds=train_seconds,
@@ -65,7 +64,9 @@ def report_success(
             teacher=session.prepared.teacher_cpu_seconds,
             dump=cost.cpu_seconds,
             train=sum(result.cpu_seconds for result in results),
-            reduce=finished.cpu_seconds,
+            reduce=finished.cpu_seconds
+            + scores.cpu_seconds
+            + sum(measurement.cpu_seconds for measurement in measurements),
         ),
     )
     report = replace(
@@ -77,7 +78,7 @@ def report_success(
         merge_steps=finished.merge_steps,
         timings=timings,
     )
-    report = with_baseline(report, baseline)
+    report = with_baselines(report, kept_baselines(session))
     write_report(session, report)
     return report
 

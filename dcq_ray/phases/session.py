@@ -28,7 +28,7 @@ from dcq_ray.storage import Store
 
 REPORT_FILE = "report.json"
 DUMP_FILE = "dump.json"
-BASELINE_FILE = "baseline.json"
+BASELINES_FOLDER = "baselines"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,47 +137,74 @@ def read_report(store: Store) -> RunReport | None:
         return None
 
 
-def with_baseline(report: RunReport, baseline: BaselineReport | None) -> RunReport:
-    """The report with a rival's row beside the run's, and the share of the gap that DCQ closed (paper, section 1).
+def with_baselines(report: RunReport, baselines: Sequence[BaselineReport]) -> RunReport:
+    """The report with rivals' rows beside the run's, and the share of the gap that DCQ closed (paper, section 1).
 
-    gap_closed = (top1_dcq - top1_dorefa) / (top1_teacher - top1_dorefa), where the teacher is the better one.
+    gap_closed = (top1_dcq - top1_rival) / (top1_teacher - top1_rival), where the teacher is the better one; the rival is
+    dorefa at equal sample passes where it was trained, else the first one.
     """
+    main = [rival for rival in baselines if (rival.method, rival.budget) == ("dorefa", "passes")]
+    baseline = next(iter([*main, *baselines]), None)
     gap_closed = None
     teacher, student = report.teacher.top1, None if report.student is None else report.student.top1
     if baseline is not None and baseline.top1 is not None and teacher is not None and student is not None:
         gap = teacher - baseline.top1
         gap_closed = (student - baseline.top1) / gap if gap > 0 else None
-    return replace(report, baseline=baseline, gap_closed=gap_closed)
+    return replace(report, baseline=baseline, baselines=tuple(baselines), gap_closed=gap_closed)
 
 
-def baseline_key(session: RunSession) -> str:
-    """Digest of all that a rival's accuracy depends on."""
+def baseline_key(session: RunSession, method: str, budget: str) -> str:
+    """Digest of all that a rival depends on."""
+    finished = session.finished_report
     return json_sha256(
         {
+            "method": method,
+            "budget": budget,
+            # Seconds are a measurement of one run: another run's are another budget.
+            "run": None if budget == "passes" or finished is None else finished.started_at,
             "scores": test_key(session.context, session.prepared.splits),
             "train": session.context.job.train.model_dump(mode="json"),
+            "cuts": session.context.plan.cuts if method in ("hints", "sequential") else None,
+            "roll_back": session.context.job.reduce.roll_back,
             "seed": session.context.job.seed,
             "held_out": session.prepared.splits.held_out.sha256,
         }
     )
 
 
-def kept_baseline(session: RunSession) -> BaselineReport | None:
+def kept_baseline(session: RunSession, method: str, budget: str) -> BaselineReport | None:
     """The rival that was trained for this very job, or None."""
-    content = session.store.read_bytes_or_none(BASELINE_FILE)
+    content = session.store.read_bytes_or_none(_baseline_file(method, budget))
     if content is not None:
         with contextlib.suppress(ValueError):
             kept = from_json(KeptBaseline, content)
-            if kept.key == baseline_key(session):
+            if kept.key == baseline_key(session, method, budget):
                 return kept.baseline
     return None
 
 
+def kept_baselines(session: RunSession) -> tuple[BaselineReport, ...]:
+    """All rivals that were trained for this very job, in the order of their files' names."""
+    found = []
+    for name in sorted(session.store.child(BASELINES_FOLDER).list_names()):
+        method, _, budget = name.removesuffix(".json").partition("-")
+        kept = kept_baseline(session, method, budget)
+        if kept is not None:
+            found.append(kept)
+    return tuple(found)
+
+
 def keep_baseline(session: RunSession, baseline: BaselineReport) -> RunReport | None:
     """Keep a rival beside the run, and give the run's report with its row where the run is finished."""
-    session.store.write_bytes(BASELINE_FILE, to_json(KeptBaseline(key=baseline_key(session), baseline=baseline)))
+    key = baseline_key(session, baseline.method, baseline.budget)
+    file = _baseline_file(baseline.method, baseline.budget)
+    session.store.write_bytes(file, to_json(KeptBaseline(key=key, baseline=baseline)))
     if session.finished_report is None:
         return None
-    report = with_baseline(session.finished_report, baseline)
+    report = with_baselines(session.finished_report, kept_baselines(session))
     write_report(session, report)
     return report
+
+
+def _baseline_file(method: str, budget: str) -> str:
+    return f"{BASELINES_FOLDER}/{method}-{budget}.json"

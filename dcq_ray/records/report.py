@@ -28,15 +28,20 @@ class StudentReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaselineReport:
-    """A rival trained from the same teacher, data and quantizer with as many sample passes."""
+    """A rival trained from the same teacher, data and quantizer with the same budget."""
 
     method: str
+    budget: Literal["passes", "cpu-seconds"] = "passes"
+    budget_cpu_seconds: float | None = None
+    """What the run took; None where passes are counted."""
     top1: float | None
     cpu_seconds: float
+    """Of the chosen rate."""
     lr: float
     held_out_top1: float | None
     tried_lrs: tuple[float, ...]
     num_sample_passes: int
+    seed: int = 0
     seconds: float
 
 
@@ -109,6 +114,8 @@ class RunReport:
     student: StudentReport | None
     untrained_top1: float | None
     baseline: BaselineReport | None
+    """The rival to which `gap_closed` refers: dorefa at equal passes where it was trained, else the first of all."""
+    baselines: tuple[BaselineReport, ...] = ()
     gap_closed: float | None
     sections: tuple[SectionReport, ...]
     layers: tuple[LayerPlan, ...] = ()

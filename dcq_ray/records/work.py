@@ -85,6 +85,7 @@ class SectionMeasurement:
     agreement_alone: float
     relative_error: float
     """Norm of (student section - teacher section) over norm of teacher section, on the teacher's own inputs."""
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

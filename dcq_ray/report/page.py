@@ -15,6 +15,7 @@ from dcq_ray.report.words import (
     networks,
     number,
     percent,
+    rival_name,
     seconds,
     size,
     verdict,
@@ -64,7 +65,7 @@ def report_html(report: RunReport) -> str:
     ]
     if report.gap_closed is not None and report.baseline is not None:
         parts.append(
-            f"<p>Share of the gap between end-to-end {escape(report.baseline.method)} (learning rate {report.baseline.lr:g}, "
+            f"<p>Share of the gap between {escape(rival_name(report.baseline))} (learning rate {report.baseline.lr:g}, "
             f"the best of {len(report.baseline.tried_lrs)}) and the teacher that DCQ closed: {percent(report.gap_closed)}.</p>"
         )
     parts.append("</section>")

@@ -18,6 +18,7 @@ from dcq_ray.report.words import (
     networks,
     number,
     percent,
+    rival_name,
     seconds,
     verdict,
     work_rows,
@@ -35,7 +36,7 @@ def print_report(report: RunReport, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     if report.gap_closed is not None and report.baseline is not None:
-        rival = f"end-to-end {report.baseline.method}"
+        rival = rival_name(report.baseline)
         console.print(f"share of the gap between {rival} and the teacher that DCQ closed: {percent(report.gap_closed)}")
     if report.sections:
         labelled = any(section.top1_alone is not None for section in report.sections)

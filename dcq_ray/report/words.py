@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dcq_ray.records import BitsWork, LayerPlan, RunReport
+from dcq_ray.records import BaselineReport, BitsWork, LayerPlan, RunReport
 
 ABSENT = "-"
 FULL_PRECISION = "fp32"
@@ -68,10 +68,21 @@ def networks(report: RunReport) -> list[tuple[str, str, str, str]]:
         return rows
     packed, bits = size(report.student.num_bytes_packed), f"{report.student.bits:.2f}"
     rows.append(("untrained student", percent(report.untrained_top1), packed, bits))
-    if report.baseline is not None:
-        rows.append((f"end-to-end {report.baseline.method}", percent(report.baseline.top1), packed, bits))
+    rivals = report.baselines or (() if report.baseline is None else (report.baseline,))
+    rows.extend((rival_name(rival), percent(rival.top1), packed, bits) for rival in rivals)
     rows.append(("stitched student", percent(report.student.top1), packed, bits))
     return rows
+
+
+def rival_name(rival: BaselineReport) -> str:
+    """A rival as a row names it: how it is trained, and within which budget."""
+    kind = {
+        "hints": "hints, then distillation",
+        "sequential": "section by section",
+        "distill": "end-to-end distillation",
+    }
+    name = kind.get(rival.method, f"end-to-end {rival.method}")
+    return name if rival.budget == "passes" else f"{name}, equal processor s"
 
 
 def layer_rows(layers: Sequence[LayerPlan]) -> list[tuple[str, ...]]:
