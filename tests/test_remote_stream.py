@@ -1,0 +1,79 @@
+"""Streamed sections on Ray: a worker that dies takes the others along, and all give what they would have given."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import run_local
+from dcq_ray.records import Progress
+from dcq_ray.remote import run_remote
+from dcq_ray.remote.stream import StreamWorker
+
+
+def ancestors(pid: int) -> list[int]:
+    """A process's parents, nearest first."""
+    found = []
+    while pid > 1:
+        # The second field is a name in brackets and may hold spaces.
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+def stream_workers() -> list[int]:
+    """The stream workers that this process's Ray has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                if title.startswith(b"ray::StreamWorker") and os.getpid() in ancestors(int(folder.name)):
+                    found.append(int(folder.name))
+            except OSError:
+                # It has ended since.
+                continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    document = {**job_document, "train": {"epochs": 40, "batch_size": 32, "inputs": "student"}}
+
+    def job(run_dir: str) -> Any:
+        storage = {**job_document["storage"], "run_dir": str(tmp_path / run_dir)}
+        return resolve_job({**document, "storage": storage}, source="test")
+
+    undisturbed = run_local(job("local"), str(tmp_path), emit=lambda _: None, owner="test")
+    killed: list[int] = []
+    lines: list[Progress] = []
+
+    def watch(progress: Progress) -> None:
+        lines.append(progress)
+        if progress.phase == "train" and progress.state == "running" and progress.index == 1 and not killed:
+            killed.extend(stream_workers()[:1])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    report = run_remote(
+        job("ray"), str(tmp_path), address="local", environment={}, emit=watch, say=lambda _: None, owner="test"
+    )
+    assert len(killed) == 1
+    assert [line.index for line in lines if line.detail == "a worker died; starting again"] == [0, 1, 2]
+    assert report.student == undisturbed.student
+    assert {section.restarts for section in report.sections} == {1}
+
+
+def test_what_is_fed_out_of_order_is_had_in_order() -> None:
+    worker = StreamWorker(context=None)  # type: ignore[arg-type]
+    for tick in (2, 1, 3):
+        worker.feed(tick, torch.full((2, 1), float(tick)).numpy())
+    assert [float(worker._receive(tick)[0]) for tick in (1, 2, 3)] == [1.0, 2.0, 3.0]
