@@ -6,9 +6,14 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dcq_ray.partition import balanced_cuts
 from dcq_ray.phases.prepare import COST_BATCH_SIZE
+from dcq_ray.phases.views import num_views
 from dcq_ray.records import PartitionPlan, SectionPlan
 from dcq_ray.spec import Job
+
+# Of a step: forward, and backward to the inputs, but no gradients of weights, in the sections that look-ahead runs through.
+FROZEN_SHARE = 2 / 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +33,19 @@ def predict(plan: PartitionPlan, job: Job, num_workers: int) -> Prediction:
     num_samples = plan.boundaries[0].num_samples
     cost_batch = min(COST_BATCH_SIZE, num_samples, job.data.batch_size)
     num_passes = num_samples * job.train.epochs / cost_batch
-    seconds = tuple(section.step_seconds * num_passes for section in plan.sections)
+    steps = [section.step_seconds for section in plan.sections]
+    ahead = len(steps) if job.train.look_ahead == "all" else job.train.look_ahead
+    seconds = tuple(
+        (step + FROZEN_SHARE * sum(steps[index + 1 : index + 1 + ahead])) * num_passes
+        for index, step in enumerate(steps)
+    )
     forward_seconds = sum(section.forward_seconds for section in plan.sections) * num_samples / cost_batch
-    train_seconds = makespan(seconds, num_workers)
-    dump_seconds = forward_seconds / num_workers
+    train_seconds = (
+        makespan(seconds, num_workers)
+        if job.train.inputs == "teacher"
+        else streamed_makespan(seconds, num_workers, job.train.stagger)
+    )
+    dump_seconds = forward_seconds * num_views(job) / num_workers
     return Prediction(
         num_workers=num_workers,
         dump_seconds=dump_seconds,
@@ -55,6 +69,18 @@ def makespan(seconds: Sequence[float], num_workers: int) -> float:
     for duration in sorted(seconds, reverse=True):
         heapq.heappush(workers, heapq.heappop(workers) + duration)
     return max(workers)
+
+
+def streamed_makespan(seconds: Sequence[float], num_workers: int, stagger: float) -> float:
+    """When sections that train in step end, each run of neighbours on one worker, the slowest run as fast as possible.
+
+    All go at the pace of the slowest worker, and the last one starts `stagger` of a training late, less what its own run takes
+    part in from the beginning. One worker does all there is to do, and waits for nobody.
+    """
+    num_runs = min(num_workers, len(seconds))
+    ends = [*(piece + 1 for piece in balanced_cuts(seconds, [0] * len(seconds), num_runs)), len(seconds)]
+    slowest = max(sum(seconds[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True))
+    return slowest * (1 + stagger * (1 - 1 / num_runs))
 
 
 def makespan_lower_bound(seconds: Sequence[float], num_workers: int) -> float:

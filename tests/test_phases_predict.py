@@ -1,0 +1,37 @@
+"""Predicted seconds by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import open_run, predict
+from dcq_ray.phases.predict import FROZEN_SHARE, streamed_makespan
+
+
+def test_streamed_sections_go_at_the_pace_of_the_slowest_run() -> None:
+    seconds = [4.0, 1.0, 1.0, 2.0]
+    # One worker does all of it.
+    assert streamed_makespan(seconds, 1, 0.35) == 8.0
+    # Two: 4 | 1 1 2, and the second half starts late by half of the stagger.
+    assert streamed_makespan(seconds, 2, 0.4) == pytest.approx(4.0 * 1.2)
+    # As many as sections, or more: 4 | 1 | 1 | 2.
+    assert streamed_makespan(seconds, 4, 0.4) == streamed_makespan(seconds, 9, 0.4) == pytest.approx(4.0 * 1.3)
+
+
+def test_look_ahead_and_views_cost_what_they_do(job_document: dict[str, Any], tmp_path: Path) -> None:
+    document = {**job_document, "teacher": {"model": "user_nets:user_net", "min_top1": 0}}
+    job = resolve_job(document, source="test")
+    with open_run(job, str(tmp_path), device=torch.device("cpu"), emit=lambda _: None, owner="test") as session:
+        plan = session.context.plan
+    plain = predict(plan, job, 1)
+    train = {**document["train"], "look_ahead": 1, "augment": {"views": 3}}
+    other = predict(plan, resolve_job({**document, "train": train}, source="test"), 1)
+    first, second, third = plain.section_seconds
+    expected = (first + FROZEN_SHARE * second, second + FROZEN_SHARE * third, third)
+    assert other.section_seconds == pytest.approx(expected)
+    assert other.dump_seconds == pytest.approx(3 * plain.dump_seconds)
