@@ -14,7 +14,7 @@ from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
-from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_section, measure_untrained, measured_section
+from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
 from dcq_ray.phases.session import (
     RunSession,
@@ -48,7 +48,7 @@ __all__ = [
     "kept_baseline",
     "kept_baselines",
     "longest_first",
-    "measure_section",
+    "measure_sections",
     "measure_untrained",
     "measured_section",
     "num_slices",

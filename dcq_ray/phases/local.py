@@ -11,7 +11,7 @@ from dcq_ray.errors import DcqError, RunInterrupted, StaleRunError
 from dcq_ray.phases.context import Emit, Network, choose_device, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.opening import open_run
-from dcq_ray.phases.reduce import finish, measure_section, measure_untrained, measured_section
+from dcq_ray.phases.reduce import finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import report_failure, report_success
 from dcq_ray.phases.session import RunSession
 from dcq_ray.phases.stream import train_stream
@@ -49,9 +49,11 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
         ordered = [results[index] for index in sorted(results)]
         if failures:
             raise report_failure(session, ordered, failures)
-        measurements = [
-            measured_section(context, result) or measure_section(context, result, network, splits) for result in ordered
-        ]
+        known = [found for result in ordered if (found := measured_section(context, result)) is not None]
+        indices = {found.index for found in known}
+        unknown = [result for result in ordered if result.index not in indices]
+        measured = measure_sections(context, unknown, network, splits) if unknown else ()
+        measurements = sorted([*known, *measured], key=lambda measurement: measurement.index)
         scores = measure_untrained(context, network, splits)
         finished = finish(context, ordered, network, splits, emit=session.emit)
         report = report_success(

@@ -84,41 +84,53 @@ def measured_section(context: RunContext, result: SectionResult) -> SectionMeasu
     return found if found.task_digest == result.task_digest else None
 
 
-def measure_section(context: RunContext, result: SectionResult, network: Network, splits: Splits) -> SectionMeasurement:
-    """Measure the teacher with this one section replaced, on held-out images; kept beside the section's weights."""
+def measure_sections(
+    context: RunContext, results: Sequence[SectionResult], network: Network, splits: Splits
+) -> tuple[SectionMeasurement, ...]:
+    """Measure the teacher with one section replaced, for each of these, on held-out images; kept beside their weights.
+
+    Sections that are measured together share one pass of the teacher.
+    """
     start_cpu_seconds = time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
     device = choose_device(context.device)
     sections = [section.to(device).eval() for section in network.sections]
-    student = _student_section(context, result, network).to(device)
-    alone, reference = [], []
-    squared_error = squared_norm = 0.0
+    students = {result.index: _student_section(context, result, network).to(device) for result in results}
+    alone: dict[int, list[Tensor]] = {index: [] for index in students}
+    errors, norms = dict.fromkeys(students, 0.0), dict.fromkeys(students, 0.0)
+    reference = []
     with torch.no_grad():
         for images, _ in ordered_batches(splits.held_out, context.job.data.batch_size):
-            value = images.to(device)
-            for section in sections[: result.index]:
-                value = section(value)
-            # Clones, since a section may work in place on its input.
-            replaced = student(value.clone())
-            target = sections[result.index](value)
-            squared_error += float((replaced.double() - target.double()).square().sum())
-            squared_norm += float(target.double().square().sum())
-            for section in sections[result.index + 1 :]:
-                replaced, target = section(replaced), section(target)
-            alone.append(replaced.float().cpu())
-            reference.append(target.float().cpu())
-    logits = torch.cat(alone)
+            value, replaced = images.to(device), dict[int, Tensor]()
+            for index, section in enumerate(sections):
+                # Clones, since a section may work in place on its input.
+                begun = {number: section(output) for number, output in replaced.items()}
+                if index in students:
+                    begun[index] = students[index](value.clone())
+                value, replaced = section(value), begun
+                if index in students:
+                    errors[index] += float((replaced[index].double() - value.double()).square().sum())
+                    norms[index] += float(value.double().square().sum())
+            reference.append(value.float().cpu())
+            for index, output in replaced.items():
+                alone[index].append(output.float().cpu())
     labels = splits.held_out.labels
-    measurement = SectionMeasurement(
-        index=result.index,
-        task_digest=result.task_digest,
-        top1_alone=None if labels is None else top_k(logits, torch.from_numpy(labels), 1),
-        agreement_alone=agreement(logits, torch.cat(reference)),
-        relative_error=(squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
-        cpu_seconds=time.process_time() - start_cpu_seconds,
-    )
-    section_store(context, result.index).child(result.attempt).write_bytes(MEASUREMENT_FILE, to_json(measurement))
-    return measurement
+    cpu_seconds = (time.process_time() - start_cpu_seconds) / max(1, len(results))
+    measurements = []
+    for result in results:
+        logits = torch.cat(alone[result.index])
+        measurement = SectionMeasurement(
+            index=result.index,
+            task_digest=result.task_digest,
+            top1_alone=None if labels is None else top_k(logits, torch.from_numpy(labels), 1),
+            agreement_alone=agreement(logits, torch.cat(reference)),
+            relative_error=(errors[result.index] / norms[result.index]) ** 0.5 if norms[result.index] else 0.0,
+            cpu_seconds=cpu_seconds,
+        )
+        store = section_store(context, result.index).child(result.attempt)
+        store.write_bytes(MEASUREMENT_FILE, to_json(measurement))
+        measurements.append(measurement)
+    return tuple(measurements)
 
 
 def test_key(context: RunContext, splits: Splits) -> str:

@@ -21,7 +21,7 @@ from dcq_ray.phases import (
     dump_slices,
     finish,
     ignore_progress,
-    measure_section,
+    measure_sections,
     measure_untrained,
     measured_section,
     open_network,
@@ -67,7 +67,7 @@ def _dump(context: RunContext, indices: Sequence[int], missing: Sequence[Boundar
 
 def _measure(context: RunContext, result: SectionResult) -> SectionMeasurement:
     found = measured_section(context, result)
-    return found if found is not None else measure_section(context, result, *_open(context))
+    return found if found is not None else measure_sections(context, [result], *_open(context))[0]
 
 
 def _untrained(context: RunContext) -> TestScores:

@@ -1,0 +1,46 @@
+"""Sections measured alone: together or one by one, and by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dcq_ray.data import ordered_batches
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import measure_sections, open_network, open_run, run_local
+from dcq_ray.phases.train import section_weights
+from dcq_ray.quantize import put_quantizers
+
+
+@pytest.mark.slow
+def test_sections_measured_together_are_as_measured_one_by_one(job_document: dict[str, Any], tmp_path: Path) -> None:
+    job = resolve_job(job_document, source="test")
+    run_local(job, str(tmp_path), emit=lambda _: None, owner="test")
+    with open_run(job, str(tmp_path), device=torch.device("cpu"), emit=lambda _: None, owner="test") as session:
+        context, splits, network = session.context, session.prepared.splits, open_network(session.context)
+        results = [session.results[index] for index in range(3)]
+        together = measure_sections(context, results, network, splits)
+        one_by_one = [measure_sections(context, [result], network, splits)[0] for result in results]
+        assert [replace(found, cpu_seconds=0.0) for found in together] == [
+            replace(found, cpu_seconds=0.0) for found in one_by_one
+        ]
+        # The second section by hand.
+        student = open_network(context).sections[1]
+        put_quantizers(student, context.plan.sections[1].layers, trained=True)
+        student.load_state_dict(section_weights(context, results[1]))
+        right, error, norm = 0, 0.0, 0.0
+        labels = torch.from_numpy(splits.held_out.labels)
+        with torch.no_grad():
+            for number, (images, _) in enumerate(ordered_batches(splits.held_out, job.data.batch_size)):
+                value = network.sections[0](images)
+                ours, theirs = student(value.clone()), network.sections[1](value.clone())
+                error += float((ours.double() - theirs.double()).square().sum())
+                norm += float(theirs.double().square().sum())
+                rows = labels[number * job.data.batch_size :][: len(images)]
+                right += int((network.sections[2](ours).argmax(1) == rows).sum())
+        assert together[1].top1_alone == right / len(labels)
+        assert together[1].relative_error == pytest.approx((error / norm) ** 0.5)
