@@ -16,6 +16,7 @@ from dcq_ray.records import (
     BitsWork,
     LayerPlan,
     LossPoint,
+    MergeStep,
     PhaseCpuSeconds,
     RunReport,
     SectionFailure,
@@ -190,6 +191,23 @@ def test_layers_and_work_by_hand(report: RunReport) -> None:
     ]
     assert work_rows(()) == []
     assert [count(value) for value in (0, 999, 1000, 1_814_073_344)] == ["0", "999", "1 k", "1.81 G"]
+
+
+def test_every_form_of_the_report_shows_the_merge_and_the_rivals(report: RunReport) -> None:
+    assert report.baseline is not None
+    kept = MergeStep(name="BatchNorm re-estimated", score_before=0.5, score_after=0.75, accepted=True)
+    undone = MergeStep(name="polish", score_before=0.75, score_after=0.6, accepted=False)
+    slow = dataclasses.replace(report.baseline, method="sequential", budget="cpu-seconds", top1=0.123)
+    report = dataclasses.replace(report, merge_steps=(kept, undone), baselines=(report.baseline, slow))
+    text, page = printed(report, 140), report_html(report)
+    for part in (
+        "BatchNorm re-estimated: 50.0 % → 75.0 % on held-out images",
+        "polish: 75.0 % → 60.0 % on held-out images, undone",
+        "section by section, equal processor s",
+        "12.3 %",
+    ):
+        assert part in text
+        assert part in page
 
 
 def test_every_form_of_the_report_shows_the_bits_of_every_layer(report: RunReport) -> None:

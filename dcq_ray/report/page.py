@@ -11,6 +11,7 @@ from dcq_ray.report.words import (
     LAYER_COLUMNS,
     WORK_COLUMNS,
     layer_rows,
+    merge_lines,
     modules,
     networks,
     number,
@@ -74,6 +75,9 @@ def report_html(report: RunReport) -> str:
     if report.layers:
         parts.append(_layers(report))
     parts.append(_validation(report))
+    if report.merge_steps:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in merge_lines(report))
+        parts.append(f"<section><h2>After stitching</h2><ul>{lines}</ul></section>")
     parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p></section>")
     if report.notes:
         notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)

@@ -14,6 +14,7 @@ from dcq_ray.report.words import (
     LAYER_COLUMNS,
     WORK_COLUMNS,
     layer_rows,
+    merge_lines,
     modules,
     networks,
     number,
@@ -60,6 +61,8 @@ def print_report(report: RunReport, console: Console) -> None:
         )
         if validation.metric is not None:
             console.print(f"metric: {number(validation.metric)} (teacher {number(validation.teacher_metric)})")
+    for line in merge_lines(report):
+        console.print(line)
     console.print(seconds(report))
     for failure in report.failures:
         console.print(f"[bold red]section {failure.index} failed[/]: {escape(failure.message)}")

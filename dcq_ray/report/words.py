@@ -133,6 +133,15 @@ def count(value: int) -> str:
     return str(value)
 
 
+def merge_lines(report: RunReport) -> list[str]:
+    """What each step of the merge gave on held-out images, in a sentence."""
+    return [
+        f"{step.name}: {percent(step.score_before)} → {percent(step.score_after)} on held-out images"
+        f"{'' if step.accepted else ', undone'}"
+        for step in report.merge_steps
+    ]
+
+
 def seconds(report: RunReport) -> str:
     """Where the time went."""
     timings = report.timings
