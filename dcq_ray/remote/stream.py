@@ -70,6 +70,8 @@ class StreamWorker:
         ):
             with self._changed:
                 self._outcomes.append(outcome)
+                # Its outcome is its last line.
+                self._lines.pop(outcome.index, None)
 
     def feed(self, tick: int, activations: np.ndarray) -> None:
         """Take the input of a tick; returns when there is room for another."""
