@@ -174,7 +174,10 @@ class Training:
         self._optimizer = _optimizer(list(self._parameters.values()), settings)
         if start is not None:
             _refuse_foreign(start, module, self.total, what)
-            module.load_state_dict(start.module)
+            # Into the module's own, which carries the metadata by which a class such as MNASNet knows what it loads.
+            state = module.state_dict()
+            state.update(start.module)
+            module.load_state_dict(state)
             _load_optimizer_state(self._optimizer, self._parameters, start.optimizer)
             self._recorder.losses.extend(start.losses)
             self.num_steps, self.num_sample_passes = start.num_steps, start.num_sample_passes

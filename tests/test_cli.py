@@ -93,6 +93,33 @@ def test_the_rival_goes_beside_the_run(job_path: str, tmp_path: Path) -> None:
     assert len(report["baseline"]["tried_lrs"]) == 3
     assert report["baseline"]["num_sample_passes"] == 3 * 320
     assert "end-to-end dorefa" in done.stdout
+    done = dcq("baseline", job_path, "--method", "distill", "--budget", "cpu-seconds", "--log-format", "json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["baseline"]["method"] == "dorefa"
+    assert {(rival["method"], rival["budget"]) for rival in report["baselines"]} == {
+        ("dorefa", "passes"),
+        ("distill", "cpu-seconds"),
+    }
+    assert "end-to-end distillation, equal processor s" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_rivals_trained_before_the_run_stand_beside_it_and_seconds_need_one(job_path: str, tmp_path: Path) -> None:
+    done = dcq("baseline", job_path, "--method", "sequential", "--budget", "cpu-seconds")
+    assert done.returncode == 2
+    assert "is not finished, so its processor seconds are not known" in done.stderr
+    assert one_paragraph(done.stderr.splitlines()[-1])
+    done = dcq("baseline", job_path, "--method", "sequential", "--set", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["baseline"]["method"] == "sequential"
+    assert "the run itself is not finished" in done.stderr
+    # Another rival does not stand for the one that the run is asked to train.
+    done = dcq("run", job_path, "--address", "none", "--baseline", "--set", "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert {rival["method"] for rival in report["baselines"]} == {"dorefa", "sequential"}
+    assert report["baseline"]["method"] == "dorefa"
 
 
 @pytest.mark.slow
@@ -132,6 +159,8 @@ def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_pa
         (["report", "nowhere"], 1, "no report.json"),
         (["status", "nowhere"], 1, "no status.json"),
         (["eval", "nowhere"], 1, "job.yaml"),
+        (["baseline", "JOB", "--method", "magic"], 2, "'magic' is not one of"),
+        (["baseline", "JOB", "--budget", "hours"], 2, "'hours' is not one of"),
         (["nonsense"], 2, "No such command"),
     ],
 )

@@ -28,7 +28,7 @@ from dcq_ray.records import (
     from_json,
 )
 from dcq_ray.report import compare_reports, print_report, report_html, report_json
-from dcq_ray.report.words import count, layer_rows, size, verdict, work_rows
+from dcq_ray.report.words import count, layer_rows, networks, size, verdict, work_rows
 
 
 def section(index: int, **values: object) -> SectionReport:
@@ -208,6 +208,33 @@ def test_every_form_of_the_report_shows_the_merge_and_the_rivals(report: RunRepo
     ):
         assert part in text
         assert part in page
+
+
+def test_every_form_of_the_report_has_a_row_for_each_rival(report: RunReport) -> None:
+    first = report.baseline
+    assert first is not None
+    rivals = (
+        first,
+        dataclasses.replace(first, method="hints", top1=0.931),
+        dataclasses.replace(first, method="sequential", budget="cpu-seconds", budget_cpu_seconds=7.0, top1=None),
+    )
+    several = dataclasses.replace(report, baselines=rivals)
+    expected = [
+        ("end-to-end dorefa", "92.0 %"),
+        ("hints, then distillation", "93.1 %"),
+        ("section by section, equal processor s", "-"),
+    ]
+    assert [row[:2] for row in networks(several)[2:-1]] == expected
+    text, page = printed(several, 120), report_html(several)
+    for name, top1 in expected:
+        assert re.search(rf"{name} +{top1} +1000 B", text)
+        assert re.search(rf"{name}</td><td>{top1}</td>", page)
+    kept = json.loads(report_json(several))["baselines"]
+    assert [(rival["method"], rival["budget"], rival["budget_cpu_seconds"]) for rival in kept] == [
+        ("dorefa", "passes", None),
+        ("hints", "passes", None),
+        ("sequential", "cpu-seconds", 7.0),
+    ]
 
 
 def test_every_form_of_the_report_shows_the_bits_of_every_layer(report: RunReport) -> None:

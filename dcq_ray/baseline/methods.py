@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcq_ray.data import Part, epoch_order, view_images
+from dcq_ray.data import Part, epoch_order, ordered_batches, view_images
 from dcq_ray.losses import LossFunction, cross_entropy, distillation
 from dcq_ray.phases import Network, RunSession, activation_memory_bytes, section_objective
 from dcq_ray.phases.objective import objective_loss
-from dcq_ray.phases.polish import Judge
-from dcq_ray.phases.reduce import untrained_student
+from dcq_ray.phases.reduce import MAX_BATCHNORM_SAMPLES, untrained_student
 from dcq_ray.quantize import put_quantizers
 from dcq_ray.section import train_module
-from dcq_ray.stitch import stitch
+from dcq_ray.stitch import reestimate_batchnorm, stitch
+from dcq_ray.validate import predict
 
 # Of the loss on labels, beside the teacher's softened outputs: as Hinton et al. advise, a considerably lower weight.
 LABEL_SHARE = 0.1
@@ -36,7 +36,8 @@ class Lesson:
     session: RunSession
     network: Network
     device: torch.device
-    judge: Judge
+    judge: Callable[[nn.Module], float]
+    """Scores a student on held-out images."""
     lr: float
     num_steps: int
     """Of the whole network; a method made of stages or sections says what it makes of them."""
@@ -79,9 +80,10 @@ def hints(lesson: Lesson) -> nn.Module:
     def hint(images: Tensor, positions: np.ndarray) -> tuple[Tensor, ...]:
         return _targets(before(images.clone()), ahead, section_objective(context, middle - 1).labels, labels, positions)
 
-    first = lesson.num_steps // 2
-    _train(lesson, student[:middle], first, hint, objective, "hints, first half", after_epoch=None)
-    rest = lesson.num_steps - first
+    # Whole epochs in the second half, so the first one takes what does not divide: no step of the budget is lost.
+    epochs, steps_per_epoch = epochs_of(lesson, lesson.num_steps - lesson.num_steps // 2)
+    first, rest = lesson.num_steps - epochs * steps_per_epoch, epochs * steps_per_epoch
+    _train(lesson, student[:middle], (1, first), hint, objective, "hints, first half", after_epoch=None)
     trained = _end_to_end(lesson, student, rest, _distillation_target(lesson), _mixed(lesson))
     return _stitched(lesson, trained)
 
@@ -96,6 +98,7 @@ def sequential(lesson: Lesson) -> nn.Module:
     needed = 4 * widest * 2 * len(train)
     kept = context.job.train.augment is None and needed <= activation_memory_bytes(context.job, device, num_at_once=1)
     ours = theirs = _all_images(lesson) if kept else None
+    epochs, steps_per_epoch = epochs_of(lesson, lesson.num_steps)
     for index, section in enumerate(sections):
         teacher_section = lesson.network.sections[index].to(device)
         if theirs is not None:
@@ -121,13 +124,12 @@ def sequential(lesson: Lesson) -> nn.Module:
             return value, _targets(target, ahead, labels, train.labels, positions)
 
         def batches(epoch: int, pair: Any = pair) -> Iterator[tuple[Tensor, Any]]:
-            for images, positions in _image_batches(lesson, lesson.num_steps, epoch, images=not kept):
+            for images, positions in _image_batches(lesson, steps_per_epoch, epoch, images=not kept):
                 # Not around the yield: the training that takes the batch would run without gradients, too.
                 with torch.no_grad():
                     made = pair(images, positions)
                 yield made
 
-        epochs, steps_per_epoch = epochs_of(lesson, lesson.num_steps)
         train_module(
             section,
             batches,
@@ -138,6 +140,8 @@ def sequential(lesson: Lesson) -> nn.Module:
             what=f"baseline sequential, section {index}",
             on_step=lesson.report,
         )
+        if context.job.reduce.reestimate_batchnorm:
+            reestimate_batchnorm(section, _first_inputs(lesson, before, ours), device)
         if ours is not None:
             ours = _through(section, ours, context.job.data.batch_size, device)
     return _stitched(lesson, nn.Sequential(*sections))
@@ -190,9 +194,9 @@ def _end_to_end(
         nonlocal best
         score = lesson.judge(student)
         if best is None or score >= best[0]:
-            best = score, {name: value.detach().clone() for name, value in student.state_dict().items()}
+            best = score, copy.deepcopy(student.state_dict())
 
-    _train(lesson, student, num_steps, target, loss, "baseline", after_epoch=after_epoch)
+    _train(lesson, student, epochs_of(lesson, num_steps), target, loss, "baseline", after_epoch=after_epoch)
     if best is not None:
         student.load_state_dict(best[1])
     return student
@@ -201,19 +205,19 @@ def _end_to_end(
 def _train(
     lesson: Lesson,
     module: nn.Module,
-    num_steps: int,
+    epochs_and_steps: tuple[int, int],
     target: Callable[..., Any],
     loss: Callable[[Tensor, Any], Tensor],
     what: str,
     *,
     after_epoch: Callable[[int], None] | None,
 ) -> None:
-    if num_steps == 0:
+    epochs, steps_per_epoch = epochs_and_steps
+    if steps_per_epoch == 0:
         return
-    epochs, steps_per_epoch = epochs_of(lesson, num_steps)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Any]]:
-        for images, positions in _image_batches(lesson, num_steps, epoch):
+        for images, positions in _image_batches(lesson, steps_per_epoch, epoch):
             with torch.no_grad():
                 targets = target(images, positions)
             yield images, targets
@@ -232,13 +236,12 @@ def _train(
 
 
 def _image_batches(
-    lesson: Lesson, num_steps: int, epoch: int, *, images: bool = True
+    lesson: Lesson, steps_per_epoch: int, epoch: int, *, images: bool = True
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
     """Images and their positions for the steps of an epoch, which may end within a pass over the train part."""
     job, train = lesson.session.context.job, lesson.train
     augment = job.train.augment
     flip, padding = (False, 0) if augment is None else (augment.flip, augment.crop_padding)
-    _, steps_per_epoch = epochs_of(lesson, num_steps)
     steps_per_pass = len(train) // lesson.batch_size
     number = -1
     for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
@@ -256,13 +259,24 @@ def _image_batches(
 
 def _distillation_target(lesson: Lesson) -> Callable[[Tensor, np.ndarray], tuple[Tensor, ...]]:
     teacher = lesson.network.teacher.module.to(lesson.device)
-    labels = lesson.train.labels
+    labels, known = lesson.train.labels, _teacher_logits(lesson)
 
     def target(images: Tensor, positions: np.ndarray) -> tuple[Tensor, ...]:
-        logits = teacher(images.clone())
+        logits = teacher(images.clone()) if known is None else known[positions]
         return (logits,) if labels is None else (logits, torch.from_numpy(labels[positions]))
 
     return target
+
+
+def _teacher_logits(lesson: Lesson) -> Tensor | None:
+    """The teacher's logits of all train images, where every image is seen more than once, as it is, and they fit."""
+    context, train = lesson.session.context, lesson.train
+    num_bytes = context.plan.boundaries[-1].bytes_per_sample * 2 * len(train)
+    allowed = activation_memory_bytes(context.job, lesson.device, num_at_once=1)
+    if context.job.train.augment is not None or context.job.train.epochs < 2 or num_bytes > allowed:
+        return None
+    images = (images for images, _ in ordered_batches(train, context.job.data.batch_size))
+    return predict(lesson.network.teacher.module, images, lesson.device)
 
 
 def _mixed(lesson: Lesson) -> LossFunction:
@@ -295,9 +309,23 @@ def _targets(
 
 
 def _all_images(lesson: Lesson) -> Tensor:
-    train, size = lesson.train, lesson.session.context.job.data.batch_size
-    starts = range(0, len(train), size)
-    return torch.cat([train.images(np.arange(start, min(start + size, len(train)))) for start in starts])
+    return torch.cat(
+        [images for images, _ in ordered_batches(lesson.train, lesson.session.context.job.data.batch_size)]
+    )
+
+
+def _first_inputs(lesson: Lesson, before: nn.Module, ours: Tensor | None) -> Iterator[Tensor]:
+    """What the trained sections before a section give it, on as many of the first train images as BatchNorm is estimated on."""
+    batch_size = lesson.session.context.job.data.batch_size
+    num_samples = min(len(lesson.train), MAX_BATCHNORM_SAMPLES)
+    for start in range(0, num_samples, batch_size):
+        positions = np.arange(start, min(start + batch_size, num_samples))
+        if ours is not None:
+            yield ours[torch.from_numpy(positions)]
+        else:
+            with torch.no_grad():
+                value = before(lesson.train.images(positions).to(lesson.device))
+            yield value
 
 
 @torch.no_grad()

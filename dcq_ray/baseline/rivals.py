@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dcq_ray.baseline.methods import METHODS, Lesson
-from dcq_ray.errors import DataError, UsageError
+from dcq_ray.errors import DataError, SectionTrainingError, UsageError
 from dcq_ray.phases import Network, RunSession, choose_device, open_network, part_top1
 from dcq_ray.phases.polish import Judge, attempt_step, judge_of
 from dcq_ray.phases.reduce import adapt_batchnorm
@@ -19,8 +20,8 @@ from dcq_ray.stitch import has_batchnorm
 
 # Around the job's own rate: half a decade down and up.
 RATE_FACTORS = (0.3, 1.0, 3.0)
-# Two short trainings tell what a step costs and what the rest does.
-MEASURED_STEPS = (4, 20)
+# A short training of at least so many steps tells what a step costs, and what all the rest does.
+MEASURED_STEPS = 20
 Budget = Literal["passes", "cpu-seconds"]
 
 
@@ -38,11 +39,13 @@ def train_rival(session: RunSession, method: str, budget: Budget) -> BaselineRep
     """Train a rival by that method, with the job's quantizer, data, optimizer, schedule, batch size and seed.
 
     `passes`: as many sample passes as a section has. `cpu-seconds`: as many steps as fit into the processor seconds that the
-    finished run of the session took, dump, training and reduction (a fit of the teacher is nobody's): what a step costs is
-    measured beforehand. The report's `cpu_seconds` is what the chosen rate took alone, held-out scores included.
+    finished run of the session took (a fit of the teacher is nobody's): what a step costs is measured beforehand, which is not
+    charged, as the measured costs of cuts are not to a run that finds them in the cache. The report's `cpu_seconds` is what
+    the chosen rate took alone, held-out scores included. A rate at which training diverges is a bad one.
 
     Raises:
         DataError: the images have no labels, and the method learns from labels.
+        SectionTrainingError: training diverges at every rate.
         UsageError: the run is not finished, so its seconds are not known.
     """
     started = time.monotonic()
@@ -62,9 +65,7 @@ def train_rival(session: RunSession, method: str, budget: Budget) -> BaselineRep
     num_steps = context.job.train.epochs * (len(splits.train) // batch_size)
     if budget_seconds is not None:
         num_steps = _affordable_steps(session, network, judge, method, rates[0], budget_seconds)
-    trials = [_trial(session, network, judge, method, rate, num_steps) for rate in rates]
-    # Of equals the first, the lowest rate.
-    best = max(trials, key=lambda trial: trial.score)
+    best = _best_trial(session, network, judge, method, rates, num_steps)
     top1 = None if splits.test is None else part_top1(best.student, splits.test, context.job.data.batch_size, device)
     session.emit(Progress(phase="baseline", state="done", detail=f"{method}: best at lr {best.lr:g}"))
     return BaselineReport(
@@ -82,14 +83,43 @@ def train_rival(session: RunSession, method: str, budget: Budget) -> BaselineRep
     )
 
 
+def _best_trial(
+    session: RunSession, network: Network, judge: Judge, method: str, rates: Sequence[float], num_steps: int
+) -> _Trial:
+    best: _Trial | None = None
+    for number, lr in enumerate(rates):
+        try:
+            trial = _trial(session, network, judge, method, lr, num_steps)
+        except SectionTrainingError as error:
+            session.emit(Progress(phase="baseline", detail=f"{method}: lr {lr:g} does not do: {error}"))
+            if best is None and number == len(rates) - 1:
+                raise
+            continue
+        # Of equals the first, the lowest rate.
+        if best is None or trial.score > best.score:
+            best = trial
+    assert best is not None
+    return best
+
+
 def _trial(
-    session: RunSession, network: Network, judge: Judge, method: str, lr: float, num_steps: int, *, told: bool = True
+    session: RunSession,
+    network: Network,
+    judge: Judge,
+    method: str,
+    lr: float,
+    num_steps: int,
+    *,
+    score: Callable[[nn.Module], float] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> _Trial:
     context = session.context
     start_cpu_seconds = time.process_time()
 
     def report(step: int, loss: float) -> None:
-        if told and step % 10 == 0:
+        if on_step is not None:
+            on_step(step)
+        elif step % 10 == 0:
             session.emit(
                 Progress(
                     phase="baseline",
@@ -105,7 +135,7 @@ def _trial(
         session=session,
         network=network,
         device=judge.device,
-        judge=judge,
+        judge=score or judge,
         lr=lr,
         num_steps=num_steps,
         report=report,
@@ -120,21 +150,67 @@ def _trial(
             judge,
             roll_back=context.job.reduce.roll_back,
         )
-    score = judge(student)
-    return _Trial(lr=lr, score=score, student=student, cpu_seconds=time.process_time() - start_cpu_seconds)
+    return _Trial(lr=lr, score=judge(student), student=student, cpu_seconds=time.process_time() - start_cpu_seconds)
 
 
 def _affordable_steps(
     session: RunSession, network: Network, judge: Judge, method: str, lr: float, budget_seconds: float
 ) -> int:
-    """How many steps fit into so many processor seconds, scores included; at least one."""
+    """How many steps, in whole epochs, fit into so many processor seconds, scores included.
+
+    A short training is timed: its steps, and as the rest all else that a longer one does likewise, scores after as many epochs
+    among it.
+    """
     session.emit(Progress(phase="baseline", detail=f"{method}: measuring what a step costs"))
-    few, many = (
-        _trial(session, network, judge, method, lr, number, told=False).cpu_seconds for number in MEASURED_STEPS
-    )
-    step_seconds = max((many - few) / (MEASURED_STEPS[1] - MEASURED_STEPS[0]), 1e-6)
-    rest_seconds = max(0.0, few - MEASURED_STEPS[0] * step_seconds)
-    return max(1, int((budget_seconds - rest_seconds) / step_seconds))
+    epochs = max(1, session.context.job.train.epochs)
+    # Twice, since half of them may be trained in epochs.
+    num_steps = -(-max(MEASURED_STEPS, 2 * epochs) // (2 * epochs)) * 2 * epochs
+    judged_seconds, times = 0.0, list[tuple[int, float]]()
+
+    def timed_score(module: nn.Module) -> float:
+        nonlocal judged_seconds
+        began = time.process_time()
+        found = judge(module)
+        judged_seconds += time.process_time() - began
+        return found
+
+    def on_step(step: int) -> None:
+        times.append((step, time.process_time() - judged_seconds))
+
+    trial = _trial(session, network, judge, method, lr, num_steps, score=timed_score, on_step=on_step)
+    return affordable_steps(budget_seconds, trial.cpu_seconds, num_steps, seconds_of_steps(times), epochs)
+
+
+def seconds_of_steps(times: Sequence[tuple[int, float]]) -> float:
+    """What all steps took, from each one's number within its stage and the time at its end.
+
+    The first of a stage counts as much as the mean of its others: with it comes what is made once.
+    """
+    stages: list[list[float]] = []
+    for step, ended in times:
+        if step == 1:
+            stages.append([])
+        stages[-1].append(ended)
+    return sum(len(ends) * (ends[-1] - ends[0]) / (len(ends) - 1) for ends in stages if len(ends) > 1)
+
+
+def affordable_steps(
+    budget_seconds: float, measured_seconds: float, num_measured: int, steps_seconds: float, epochs: int
+) -> int:
+    """How many steps fit, in so many epochs, if a training of `num_measured` took so long, of which its steps so much.
+
+    Raises:
+        UsageError: not even a step for each epoch fits.
+    """
+    rest_seconds = max(0.0, measured_seconds - steps_seconds)
+    affordable = int((budget_seconds - rest_seconds) / (steps_seconds / num_measured))
+    if affordable < epochs:
+        raise UsageError(
+            f"baseline --budget cpu-seconds: the run took {budget_seconds:.2f} processor seconds, but what a rival does beside "
+            f"its steps takes {rest_seconds:.2f} s, and a step {steps_seconds / num_measured:.3g} s; use --budget passes, a "
+            "longer run, or fewer data.held_out_samples"
+        )
+    return affordable // epochs * epochs
 
 
 def _run_cpu_seconds(session: RunSession) -> float:
@@ -145,4 +221,6 @@ def _run_cpu_seconds(session: RunSession) -> float:
             "are not known; run the job first, or use --budget passes"
         )
     spent = report.timings.cpu_seconds
-    return spent.dump + spent.train + spent.reduce
+    # With a fit the teacher's seconds are mostly that; without, they are the run's own preparation.
+    teacher = spent.teacher if session.context.job.teacher.fit is None else 0.0
+    return teacher + spent.dump + spent.train + spent.reduce

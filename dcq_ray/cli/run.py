@@ -64,7 +64,7 @@ def run(
     job, folder = read_job(job_path, overrides, run_dir)
     with watching(job, log_format) as (emit, say), interruptible(job):
         result = _run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
-        if with_rival and result.baseline is None:
+        if with_rival and not any((rival.method, rival.budget) == ("dorefa", "passes") for rival in result.baselines):
             result = run_rival(job, folder, emit, "dorefa", "passes") or result
     show_report(job, result, log_format)
     from dcq_ray.phases import check_gate

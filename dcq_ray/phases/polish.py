@@ -6,6 +6,7 @@ anything is written.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ def attempt_step(
     name: str, student: nn.Module, change: Callable[[], None], judge: Judge, *, roll_back: bool
 ) -> MergeStep:
     """Change the student in place and score it; where `roll_back` is on and it got worse, put it back."""
-    earlier = {key: value.detach().clone() for key, value in student.state_dict().items()}
+    # Whole, with its metadata, by which a class such as MNASNet knows what it loads.
+    earlier = copy.deepcopy(student.state_dict())
     score_before = judge(student)
     change()
     score_after = judge(student)
@@ -84,7 +86,7 @@ def polish(
     lr = POLISH_RATE_SHARE * job.train.lr if job.reduce.polish_lr is None else job.reduce.polish_lr
     score_before = judge(student)
     best_score = score_before if job.reduce.roll_back else -1.0
-    best = {key: value.detach().clone() for key, value in student.state_dict().items()}
+    best = copy.deepcopy(student.state_dict())
     scores = []
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,7 +106,7 @@ def polish(
         score = judge(student)
         scores.append(score)
         if score > best_score:
-            best_score, best = score, {key: value.detach().clone() for key, value in student.state_dict().items()}
+            best_score, best = score, copy.deepcopy(student.state_dict())
 
     def on_step(step: int, loss: float) -> None:
         if step % 10 == 0:
