@@ -199,7 +199,10 @@ def _fit(
         on_state=on_state,
         state_due=lambda: time.monotonic() - saved_at >= job.storage.checkpoint_seconds,
     )
-    module.to("cpu").load_state_dict(best)
+    # Into the module's own, which carries the metadata by which a class such as MNASNet knows what it loads.
+    state = module.to("cpu").state_dict()
+    state.update(best)
+    module.load_state_dict(state)
     fitted = frozen_teacher(module, teacher.model)
     # Weights that are there already are not those of a fitted teacher, which would have been taken: they are damaged.
     teacher_store(cache, fitted.sha256).delete(WEIGHTS_FILE)
