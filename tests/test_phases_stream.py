@@ -109,6 +109,19 @@ def test_a_resumed_run_and_ray_give_the_undisturbed_student(job_document: dict[s
 
 
 @pytest.mark.slow
+def test_noise_is_on_streamed_inputs_too(job_document: dict[str, Any], tmp_path: Path) -> None:
+    def student(folder: str, noise: float) -> str:
+        job = resolve_job(streaming(job_document, tmp_path / folder, input_noise=noise), source="test")
+        report = run_local(job, str(tmp_path), emit=lambda _: None, owner="test")
+        assert report.student is not None
+        return report.student.sha256
+
+    noisy = student("a", 0.3)
+    assert student("b", 0.3) == noisy
+    assert student("c", 0.0) != noisy
+
+
+@pytest.mark.slow
 def test_the_first_section_is_that_of_no_stream_and_the_last_is_not(
     job_document: dict[str, Any], tmp_path: Path
 ) -> None:

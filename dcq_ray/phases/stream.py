@@ -30,10 +30,11 @@ from dcq_ray.data import Splits
 from dcq_ray.errors import SectionTrainingError
 from dcq_ray.phases.context import Emit, Network, choose_device
 from dcq_ray.phases.objective import objective_loss
-from dcq_ray.phases.sources import Source
+from dcq_ray.phases.sources import Source, with_noise
 from dcq_ray.phases.train import (
     SHARDS_PER_WINDOW,
     commit_section,
+    noise_seed,
     open_views,
     section_failure,
     step_reporter,
@@ -153,6 +154,7 @@ class _Trainee:
         started, start_cpu_seconds = time.monotonic(), time.process_time()
         job = context.job
         self.task = task
+        self._seed, self._input_noise = job.seed, job.train.input_noise
         self._views: list[list[Source]] = open_views(context, task.index, splits, device, memory_bytes, stack)
         self._module: GraphModule = student_section(context, task.index, network, self._views[0][0], device)
         self._training = Training(
@@ -189,6 +191,8 @@ class _Trainee:
             inputs = streamed.clone()
             if share < 1.0:
                 inputs = torch.lerp(self.read_input(epoch, positions), inputs, share)
+            generator = torch.Generator().manual_seed(noise_seed(self._seed, self.task.index, self._training.num_steps))
+            inputs = with_noise(inputs, self._input_noise, generator)
             targets = tuple(source.read(positions) for source in self._views[epoch % len(self._views)][1:])
             output = self._training.step(inputs, targets)
             self._report(self._training.num_steps, self._training.latest_loss)

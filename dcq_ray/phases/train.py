@@ -157,7 +157,7 @@ def train_section(
         def batches(epoch: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
             order = sample_order(inputs.num_samples, window=window, seed=job.seed, section=task.index, epoch=epoch)
             sources = views[epoch % len(views)]
-            generator = torch.Generator().manual_seed(_noise_seed(job.seed, task.index, epoch))
+            generator = torch.Generator().manual_seed(noise_seed(job.seed, task.index, epoch))
             for step in range(steps_per_epoch):
                 positions = order[step * batch_size : (step + 1) * batch_size]
                 value, *targets = (source.read(positions) for source in sources)
@@ -301,8 +301,9 @@ def open_views(
     return opened
 
 
-def _noise_seed(seed: int, section: int, epoch: int) -> int:
-    return int(np.random.SeedSequence((seed, section, epoch)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def noise_seed(seed: int, section: int, number: int) -> int:
+    """The seed of the noise on a section's inputs, for an epoch or a step of that number."""
+    return int(np.random.SeedSequence((seed, section, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def step_reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callable[[int, float], None]:
