@@ -1,4 +1,4 @@
-"""What a worker opens from a `RunContext`: the teacher, its sections, the images.
+"""What a worker opens from a `RunContext`: the teacher, its sections, the images; and whether its driver still holds the run.
 
 A context is small and travels with every task; weights and images do not: each process opens them from the cache and from
 the data's own place.
@@ -15,10 +15,10 @@ from torch.fx import GraphModule
 
 from dcq_ray.callables import importable_from
 from dcq_ray.data import Splits, load_splits
-from dcq_ray.errors import StorageError, TeacherError
+from dcq_ray.errors import StaleRunError, StorageError, TeacherError
 from dcq_ray.partition import cut, trace_teacher
 from dcq_ray.records import Progress, RunContext
-from dcq_ray.storage import Store, open_store
+from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import Teacher, build_network, frozen_teacher, load_state, state_bytes, state_from_bytes
 
 Emit = Callable[[Progress], None]
@@ -43,6 +43,20 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def section_store(context: RunContext, index: int) -> Store:
+    """The folder of a section in the run directory."""
+    return open_store(context.run_dir).child("sections", f"{index:02d}")
+
+
+def refuse_stale(context: RunContext) -> None:
+    """Raise StaleRunError where a newer driver holds the run directory than the one this process works for."""
+    epoch = current_epoch(open_store(context.run_dir))
+    if epoch != context.epoch:
+        raise StaleRunError(
+            f"{context.run_dir}: this worker's driver (lease {context.epoch}) was replaced (lease {epoch}); nothing was written"
+        )
 
 
 def teacher_store(cache: Store, sha256: str) -> Store:

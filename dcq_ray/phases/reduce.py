@@ -19,11 +19,11 @@ from dcq_ray.callables import load_callable
 from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import DataError
-from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.polish import attempt_step, judge_of, polish
 from dcq_ray.phases.prepare import part_top1
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
-from dcq_ray.phases.train import layer_identity, refuse_stale, section_store, section_weights
+from dcq_ray.phases.train import layer_identity, section_weights
 from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers, put_quantizers
 from dcq_ray.records import (
     MergeStep,

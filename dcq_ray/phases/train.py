@@ -1,7 +1,8 @@
 """Train: one quantized section on the stored activations of its two boundaries, alone.
 
-A worker knows nothing of the other sections. What it commits is an attempt folder with the weights and, written last, the
-result that names it; a worker whose driver was replaced commits nothing.
+A worker knows nothing of the other sections. It goes on from the newest whole checkpoint of its task. What it commits is an
+attempt folder with the weights and, written last, the result that names it; a worker whose driver was replaced commits
+nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch.fx import GraphModule
 
 from dcq_ray.data import Splits
 from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
-from dcq_ray.errors import DcqError, ShardError, StaleRunError, StorageError
-from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device
+from dcq_ray.errors import DcqError, ShardError, StorageError
+from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.objective import objective_loss, section_objective
+from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
 from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
 from dcq_ray.phases.views import boundary_views
 from dcq_ray.quantize import activation_starts, put_quantizers
@@ -38,10 +40,9 @@ from dcq_ray.records import (
     from_json,
     to_json,
 )
-from dcq_ray.section import TrainingResult, train_module
+from dcq_ray.section import TrainingResult, TrainingState, train_module
 from dcq_ray.shards import sample_order, samples_per_shard
 from dcq_ray.spec import Job
-from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import state_bytes, state_from_bytes
 
 # Samples are shuffled within windows of so many shards, so that training may begin before the dump has ended.
@@ -79,11 +80,6 @@ def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
 def layer_identity(layer: LayerPlan) -> list[str | int | None]:
     """All of a layer's plan that its student depends on."""
     return [layer.module, layer.scheme, layer.bits, layer.activation_scheme, layer.activation_bits]
-
-
-def section_store(context: RunContext, index: int) -> Store:
-    """The folder of a section in the run directory."""
-    return open_store(context.run_dir).child("sections", f"{index:02d}")
 
 
 def finished_section(context: RunContext, task: SectionTask) -> SectionResult | None:
@@ -130,12 +126,15 @@ def train_section(
     emit: Emit,
     memory_bytes: int,
     restarts: int = 0,
+    request: SaveRequest | None = None,
 ) -> SectionResult:
-    """Train one section to the end and commit its result.
+    """Train one section to the end, from the newest whole checkpoint where there is one, and commit its result.
 
     Args:
         splits: needed only where the last section learns from labels.
         memory_bytes: activations that fit are kept in (GPU) memory; the result is the same either way.
+        restarts: how many workers on this task died under this driver.
+        request: asked at every step whether somebody wants a checkpoint at once.
 
     Raises:
         SectionTrainingError: the loss or a weight is not finite.
@@ -146,6 +145,15 @@ def train_section(
     job = context.job
     torch.set_num_threads(job.train.num_threads)
     device = choose_device(context.device)
+    saver = SectionSaver(context, task, restarts=restarts, emit=emit)
+    pace = Pace(job.storage.checkpoint_seconds)
+    first_step = 0 if saver.start is None else saver.start.num_steps
+    request = SaveRequest() if request is None else request
+
+    def spent() -> tuple[float, float]:
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - start_cpu_seconds
+        return saver.before.seconds + seconds, saver.before.cpu_seconds + cpu_seconds
+
     with contextlib.ExitStack() as stack:
         views = open_views(context, task.index, splits, device, memory_bytes, stack)
         inputs = views[0][0]
@@ -159,9 +167,27 @@ def train_section(
             sources = views[epoch % len(views)]
             generator = torch.Generator().manual_seed(noise_seed(job.seed, task.index, epoch))
             for step in range(steps_per_epoch):
+                if epoch * steps_per_epoch + step < first_step and not job.train.input_noise:
+                    # It is passed over, and no draw of noise depends on it: so it is not read.
+                    yield torch.empty(0), ()
+                    continue
                 positions = order[step * batch_size : (step + 1) * batch_size]
                 value, *targets = (source.read(positions) for source in sources)
                 yield with_noise(value, job.train.input_noise, generator), tuple(targets)
+
+        total = job.train.epochs * steps_per_epoch
+
+        def on_state(training: TrainingState) -> None:
+            if not request.wanted:
+                # After the last step the result follows at once.
+                ended = training.num_steps % steps_per_epoch == 0
+                if training.num_steps == total or (ended and not pace.due_after_epoch):
+                    return
+            seconds, cpu_seconds = spent()
+            with pace.saving():
+                saver.save(training, seconds=seconds, cpu_seconds=cpu_seconds)
+            if request.wanted:
+                request.answer()
 
         result = train_module(
             module,
@@ -171,17 +197,17 @@ def train_section(
             loss=objective_loss(context, task.index, network, device),
             device=device,
             what=f"section {task.index}",
-            on_step=step_reporter(emit, task.index, job.train.epochs * steps_per_epoch, batch_size),
+            start=saver.start,
+            on_step=step_reporter(emit, task.index, total, batch_size, first_step=first_step),
+            on_state=on_state,
+            state_due=lambda: request.wanted or pace.due,
         )
-    return commit_section(
-        context,
-        task,
-        module,
-        result,
-        seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - start_cpu_seconds,
-        restarts=restarts,
+    seconds, cpu_seconds = spent()
+    committed = commit_section(
+        context, task, module, result, seconds=seconds, cpu_seconds=cpu_seconds, restarts=saver.restarts
     )
+    remove_checkpoints(context, task.index)
+    return committed
 
 
 def student_section(
@@ -191,7 +217,8 @@ def student_section(
     # A copy: the network serves other sections and measurements after this one.
     module: GraphModule = copy.deepcopy(network.sections[index]).to(device)
     layers = context.plan.sections[index].layers
-    calibration = first_batches(inputs, context.job.data.batch_size)
+    job = context.job
+    calibration = first_batches(inputs, job.data.batch_size)
     put_quantizers(module, layers, activation_starts(module, layers, calibration))
     return module
 
@@ -257,15 +284,6 @@ def activation_memory_bytes(job: Job, device: torch.device, *, num_at_once: int)
     return free_bytes // (2 * max(1, num_at_once))
 
 
-def refuse_stale(context: RunContext) -> None:
-    """Raise StaleRunError where a newer driver holds the run directory than the one this process works for."""
-    epoch = current_epoch(open_store(context.run_dir))
-    if epoch != context.epoch:
-        raise StaleRunError(
-            f"{context.run_dir}: this worker's driver (lease {context.epoch}) was replaced (lease {epoch}); nothing was written"
-        )
-
-
 def section_views(context: RunContext, index: int) -> tuple[tuple[Boundary, ...], ...]:
     """For each view of the train images the boundaries that a section reads: its input, and its targets."""
     needed = (index, *section_objective(context, index).boundaries)
@@ -306,8 +324,11 @@ def noise_seed(seed: int, section: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, section, number)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def step_reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callable[[int, float], None]:
-    """What tells of a section's steps now and then, and of the last one."""
+def step_reporter(
+    emit: Emit, index: int, total: int, batch_size: int, *, first_step: int = 0
+) -> Callable[[int, float], None]:
+    """What tells of a section's steps now and then, and of the last one; speed is of the steps after `first_step`."""
+    detail = f"resumed after step {first_step}" if first_step else ""
     started = reported = time.monotonic()
 
     def on_step(step: int, loss: float) -> None:
@@ -316,7 +337,7 @@ def step_reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callab
         if now - reported < SECONDS_BETWEEN_REPORTS and step < total:
             return
         reported = now
-        steps_per_second = step / max(now - started, 1e-9)
+        steps_per_second = (step - first_step) / max(now - started, 1e-9)
         emit(
             Progress(
                 phase="train",
@@ -330,4 +351,5 @@ def step_reporter(emit: Emit, index: int, total: int, batch_size: int) -> Callab
             )
         )
 
+                detail=detail,
     return on_step
