@@ -93,6 +93,11 @@ class TrainSpec(OptimizerSpec):
     """The loss of the last section, where it is to differ: on labels, or on the teacher's softened outputs."""
     temperature: Rate = 2.0
     """Of distillation."""
+    start: Literal["nearest", "fitted"] = "nearest"
+    """nearest: quantized weights start at the levels nearest to the teacher's; fitted: at those that least squares on
+    `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits)."""
+    start_samples: PositiveInt = 256
+    """start: fitted only. Train images on which the start is fitted."""
     inputs: Literal["teacher", "student"] = "teacher"
     """student: over `anneal` of a section's training its inputs turn from the teacher's into those that it will meet, streamed
     from the sections before it as they train, which start earlier (`stagger`)."""

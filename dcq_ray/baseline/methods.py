@@ -19,7 +19,7 @@ from dcq_ray.losses import LossFunction, cross_entropy, distillation
 from dcq_ray.phases import Network, RunSession, activation_memory_bytes, section_objective
 from dcq_ray.phases.objective import objective_loss
 from dcq_ray.phases.reduce import MAX_BATCHNORM_SAMPLES, untrained_student
-from dcq_ray.quantize import put_quantizers
+from dcq_ray.quantize import fit_weights, put_quantizers
 from dcq_ray.section import train_module
 from dcq_ray.stitch import reestimate_batchnorm, stitch
 from dcq_ray.validate import predict
@@ -106,6 +106,8 @@ def sequential(lesson: Lesson) -> nn.Module:
         ahead = [part.to(device) for part in lesson.network.sections[index + 1 : index + 1 + _num_ahead(lesson, index)]]
         labels = section_objective(context, index).labels
         before, teacher_before = nn.Sequential(*sections[:index]), nn.Sequential(*lesson.network.sections[: index + 1])
+        if context.job.train.start == "fitted":
+            _fit_start(lesson, section, index, before)
 
         def pair(
             images: Tensor,
@@ -171,6 +173,22 @@ def student_sections(lesson: Lesson) -> list[nn.Module]:
         module.load_state_dict({name: state[name] for name in module.state_dict()})
         sections.append(module)
     return sections
+
+
+def _fit_start(lesson: Lesson, section: nn.Module, index: int, before: nn.Module) -> None:
+    """Fit a section's weights as the job has its sections begin, on the outputs of the trained sections before it."""
+    job = lesson.session.context.job
+    teacher_before = nn.Sequential(*lesson.network.sections[:index])
+    num_samples = min(job.train.start_samples, len(lesson.train))
+
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for begin in range(0, num_samples, job.data.batch_size):
+            positions = np.arange(begin, min(begin + job.data.batch_size, num_samples))
+            images = lesson.train.images(positions).to(lesson.device)
+            with torch.no_grad():
+                yield before(images.clone()), teacher_before(images.clone())
+
+    fit_weights(section, lesson.network.sections[index].to(lesson.device), pairs(), seed=job.seed)
 
 
 def _untrained(lesson: Lesson) -> nn.Module:

@@ -72,9 +72,9 @@ def label_source(splits: Splits | None, device: torch.device) -> Source:
     return Source(read=read, num_samples=len(labels))
 
 
-def first_batches(source: Source, batch_size: int) -> Iterator[Tensor]:
-    """The first `CALIBRATION_SAMPLES` rows in batches."""
-    num_samples = min(source.num_samples, CALIBRATION_SAMPLES)
+def first_batches(source: Source, batch_size: int, num_wanted: int = CALIBRATION_SAMPLES) -> Iterator[Tensor]:
+    """The first so many rows in batches."""
+    num_samples = min(source.num_samples, num_wanted)
     for start in range(0, num_samples, batch_size):
         yield source.read(np.arange(start, min(start + batch_size, num_samples)))
 

@@ -1,0 +1,99 @@
+"""Discrete least squares: the levels of a layer's weights that give the outputs which are wanted, one weight at a time.
+
+For a row w of weights, inputs x and wanted outputs y, with H = E[x x'] and r = E[x y], the mean squared error of s w'x is
+s^2 w'Hw - 2 s r'w + E[y^2]. Rounding every weight to its nearest level looks at none of this. Here that weight of a row moves
+to a neighbouring level by which the row gains most, again and again, as long as that lowers
+
+    the error at s = 1                              w'Hw - 2 r'w
+    or, where a BatchNorm follows that undoes       -(r'w)^2 / w'Hw,   the least error over all s
+    any scale s
+
+What one weight's rounding costs is so made good by the others. The problem is that of Nagel et al. 2020 (arXiv 2004.10568,
+eq. 13) and Frantar & Alistarh 2022 (arXiv 2208.11580, eq. 1), with the inputs that the quantized network has on one side and
+the full-precision outputs on the other; the scale-free form is the squared correlation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A move must gain this share of what there is: rounding errors would let two levels be tried in turn for ever.
+_LEAST_GAIN = 1e-6
+
+
+def descend(
+    moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, *, scale_free: bool, max_moves: int | None = None
+) -> Tensor:
+    """The numbers of levels [R, N] from which no single step to a neighbouring level lowers the error; `numbers` is the start.
+
+    Args:
+        moments: E[x x'] of each group of inputs, [G, N, N], symmetric; the R / G rows of a group follow each other.
+        crosses: E[x y] of each row, [R, N].
+        levels: ascending, [K, 1 or R].
+        scale_free: whether a row's scale is free.
+        max_moves: of a row, after which it may stop elsewhere; None: 2 N (K - 1).
+    """
+    num_rows, num_inputs = crosses.shape
+    levels = levels.to(crosses.dtype).expand(-1, num_rows).t().contiguous()
+    numbers = numbers.clone()
+    weights = levels.gather(1, numbers)
+    products = _grouped_product(moments, weights)
+    linear, quadratic = (crosses * weights).sum(1), (products * weights).sum(1)
+    # Of the rows that still move.
+    rows = torch.arange(num_rows, device=crosses.device)
+    group = rows // (num_rows // len(moments))
+    own = moments.diagonal(dim1=1, dim2=2)
+    directions = (-1, 1) if levels.shape[1] > 2 else (None,)
+    for _ in range(2 * num_inputs * (levels.shape[1] - 1) if max_moves is None else max_moves):
+        current = _error(linear, quadratic, scale_free)
+        least, column, moved = current, torch.zeros_like(rows), numbers[rows, 0]
+        for direction in directions:
+            to = _neighbours(numbers[rows], direction, levels.shape[1])
+            step = levels[rows].gather(1, to) - weights[rows]
+            error = _error(
+                linear[:, None] + step * crosses[rows],
+                quadratic[:, None] + step * (2 * products + step * own[group]),
+                scale_free,
+            )
+            found, at = error.min(1)
+            better = found < least
+            least, column = torch.where(better, found, least), torch.where(better, at, column)
+            moved = torch.where(better, to.gather(1, at[:, None])[:, 0], moved)
+        gains = least < current - _LEAST_GAIN * current.abs()
+        if not bool(gains.any()):
+            break
+        rows, group, column, moved = rows[gains], group[gains], column[gains], moved[gains]
+        linear, quadratic, products = linear[gains], quadratic[gains], products[gains]
+        step = levels[rows, moved] - weights[rows, column]
+        numbers[rows, column] = moved
+        weights[rows, column] += step
+        linear = linear + step * crosses[rows, column]
+        quadratic = quadratic + step * (2 * products.gather(1, column[:, None])[:, 0] + step * own[group, column])
+        products = products + step[:, None] * moments[group, column]
+    return numbers
+
+
+def errors(moments: Tensor, crosses: Tensor, weights: Tensor, *, scale_free: bool) -> Tensor:
+    """What `descend` lowers, of every row [R]; 0 is what a row of zeros has."""
+    weights = weights.to(crosses.dtype)
+    products = _grouped_product(moments, weights)
+    return _error((crosses * weights).sum(1), (products * weights).sum(1), scale_free)
+
+
+def _neighbours(numbers: Tensor, direction: int | None, num_levels: int) -> Tensor:
+    """The numbers of the next levels; of two levels (no direction) the other one. At an end a number stays."""
+    return 1 - numbers if direction is None else (numbers + direction).clamp(0, num_levels - 1)
+
+
+def _grouped_product(moments: Tensor, weights: Tensor) -> Tensor:
+    """Every row times the moments of its group; [R, N]."""
+    return (weights.reshape(len(moments), -1, weights.shape[1]) @ moments).reshape(weights.shape)
+
+
+def _error(linear: Tensor, quadratic: Tensor, scale_free: bool) -> Tensor:
+    if not scale_free:
+        return quadratic - 2 * linear
+    # A row that points the wrong way is the worse the more it does; one without output has nothing to scale.
+    runs = quadratic > 0
+    return torch.where(runs, -linear * linear.abs() / torch.where(runs, quadratic, 1), 0)

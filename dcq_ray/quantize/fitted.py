@@ -1,0 +1,296 @@
+"""Fitted starts: latent weights whose quantized layers give, as well as their levels can, what the teacher's layers give.
+
+The teacher's weights rounded to their nearest levels are a poor place to begin a training of few steps. Layer by layer, in the
+order in which they run, the levels are chosen by least squares on a few images instead (`descent`): the inputs are those that
+the quantized layers before leave, the wanted outputs the teacher's, so each layer also makes good what the ones before spoilt.
+No labels, no gradients, and per layer one pass of both networks up to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from dcq_ray.quantize.descent import descend, errors
+from dcq_ray.quantize.levels import latents_on, level_numbers, weight_levels
+from dcq_ray.quantize.modules import WeightQuantizer
+from dcq_ray.quantize.policy import layer_weight
+
+# Of every image so many places of a layer's input (all channels and the window around it) take part.
+PLACES_PER_IMAGE = 64
+# At many bits rounding costs too little to be made good.
+MAX_FITTED_BITS = 4
+# The second moments of more inputs than this take too long; such a layer starts at the nearest levels.
+MAX_FITTED_INPUTS = 4608
+# Added to the diagonal of the moments, as a share of its mean: few images leave directions unseen.
+RIDGE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFit:
+    """What the fit of a layer gave."""
+
+    module: str
+    error_before: float
+    """Mean squared error over variance (without a bias or BatchNorm: mean square) of the layer's outputs, at nearest levels."""
+    error_after: float
+
+
+class _Reached(Exception):
+    """No error: it ends a pass at the layer that is looked at."""
+
+
+def fit_weights(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
+) -> tuple[LayerFit, ...]:
+    """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
+
+    Layers that are fitted: Conv2d and Linear of at most 4 bits. A layer's new levels are kept only where they are better on
+    the very images. Biases take up the change of the mean; what a BatchNorm follows may have any scale.
+
+    Args:
+        student: the teacher with quantizers on it (`put_quantizers`); BatchNorm runs on batch statistics meanwhile.
+        teacher: in eval mode, of the same module names.
+        batches: inputs [B, ...] of the student and of the teacher, from the same images.
+        seed: of the places that take part.
+    """
+    kept = list(batches)
+    modules, done = dict(teacher.named_modules()), set()
+    free = _before_batchnorm(teacher)
+    buffers = {name: value.clone() for name, value in student.named_buffers()}
+    modes = {name: module.training for name, module in student.named_modules()}
+    for module in student.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    fits = []
+    with torch.no_grad():
+        for name, layer in _in_order(student, kept[0][0]):
+            quantizer = layer.parametrizations["weight"][0]
+            # Tied layers share one weight: the first of them decides.
+            if not _fittable(layer, quantizer) or id(quantizer) in done:
+                continue
+            done.add(id(quantizer))
+            fit = _fit_layer(student, teacher, name, layer, modules[name], kept, name in free, seed)
+            if fit is not None:
+                fits.append(fit)
+    for name, module in student.named_modules():
+        module.training = modes[name]
+    for name, value in student.named_buffers():
+        if name in buffers:
+            value.copy_(buffers[name])
+    return tuple(fits)
+
+
+def _fit_layer(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    layer: Any,
+    teacher_layer: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    scale_free: bool,
+    seed: int,
+) -> LayerFit | None:
+    """Fit one layer; None where there is nothing to gain: a scale or the outputs are all 0."""
+    moments = _moments(student, teacher, name, layer, teacher_layer, batches, seed)
+    if moments is None:
+        return None
+    centred = scale_free or layer.bias is not None
+    square, cross, variance = moments.centred() if centred else moments.plain()
+    ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)
+    square = square + ridge[:, None, None] * torch.eye(square.shape[1], device=square.device)
+    quantizer: WeightQuantizer = layer.parametrizations["weight"][0]
+    latent: Tensor = layer.parametrizations["weight"].original
+    before = layer_weight(layer).detach().flatten(1)
+    levels = weight_levels(quantizer, latent)
+    total = float(variance.sum())
+    if not bool((levels[1:] > levels[:-1]).all()) or not total > 0:
+        return None
+    numbers = level_numbers(before, levels)
+    chosen = descend(square, cross, levels, numbers, scale_free=scale_free)
+    wanted = levels.expand(-1, len(before)).t().gather(1, chosen).reshape(latent.shape)
+    old_error = float(errors(square, cross, before, scale_free=scale_free).sum())
+    kept = latent.clone()
+    latent.copy_(latents_on(quantizer, latent, wanted, (chosen != numbers).reshape(latent.shape)))
+    # Not what was wanted, but what the quantizer makes of it.
+    after = layer_weight(layer).detach().flatten(1)
+    new_error = float(errors(square, cross, after, scale_free=scale_free).sum())
+    if new_error >= old_error:
+        latent.copy_(kept)
+        after, new_error = before, old_error
+    if layer.bias is not None:
+        layer.bias.copy_(layer.bias + moments.mean_shift(after))
+    return LayerFit(module=name, error_before=1 + old_error / total, error_after=1 + new_error / total)
+
+
+# -- what both networks do at a layer ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    """Means over places and images of a layer's inputs x and of the teacher's u, for the groups of a layer, float64.
+
+    A row is an output channel, w its weights in the teacher, y = w'u.
+    """
+
+    inputs: Tensor
+    """E[x], [G, N]."""
+    products: Tensor
+    """E[x x'], [G, N, N]."""
+    wanted: Tensor
+    """E[y], [G, R / G]."""
+    crosses: Tensor
+    """E[y x'], [G, R / G, N]."""
+    squares: Tensor
+    """E[y^2], [G, R / G]."""
+
+    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
+        """H [G, N, N], r [R, N] and E[y^2] [R], float32."""
+        return self.products.float(), self.crosses.flatten(0, 1).float(), self.squares.flatten().float()
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what differs from the mean: H and r are covariances, the last the variance."""
+        products = self.products - self.inputs[:, :, None] * self.inputs[:, None]
+        crosses = self.crosses - self.wanted[:, :, None] * self.inputs[:, None]
+        variances = self.squares - self.wanted.square()
+        return products.float(), crosses.flatten(0, 1).float(), variances.flatten().float()
+
+    def mean_shift(self, weights: Tensor) -> Tensor:
+        """What the mean of the outputs lacks with these weights [R, N], biases apart; [R]."""
+        rows = weights.double().reshape(*self.wanted.shape, -1)
+        return (self.wanted - torch.einsum("grn,gn->gr", rows, self.inputs)).flatten().to(weights.dtype)
+
+
+def _moments(
+    student: nn.Module,
+    teacher: nn.Module,
+    name: str,
+    layer: nn.Module,
+    teacher_layer: nn.Module,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    seed: int,
+) -> _Moments | None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = layer_weight(teacher_layer).detach().flatten(1)
+    count, sums = 0, None
+    for pair in batches:
+        ours, theirs = (_input_of(module, name, batch) for module, batch in zip((student, teacher), pair, strict=True))
+        places = None
+        if ours.ndim > 2:
+            num_places = _num_places(layer, ours)
+            places = torch.randperm(num_places, generator=generator)[:PLACES_PER_IMAGE].sort().values.to(ours.device)
+        x, u = (_windows(layer, value, places) for value in (ours, theirs))
+        grouped = rows.reshape(len(x), -1, rows.shape[1])
+        y = u @ grouped.transpose(1, 2)
+        parts = (x.sum(1), x.transpose(1, 2) @ x, y.sum(1), y.transpose(1, 2) @ x, y.square().sum(1))
+        sums = [part.double() for part in parts] if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
+        count += x.shape[1]
+    if sums is None or not all(torch.isfinite(value).all() for value in sums):
+        return None
+    means = [value / count for value in sums]
+    return _Moments(inputs=means[0], products=means[1], wanted=means[2], crosses=means[3], squares=means[4])
+
+
+def _input_of(network: nn.Module, name: str, batch: Tensor) -> Tensor:
+    """What a layer of a network gets as its input, its quantizer's work done."""
+    found: list[Tensor] = []
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        found.append(inputs[0].detach().clone())
+        raise _Reached
+
+    # Registered last, so the layer's own hooks, an input quantizer above all, have run.
+    handle = network.get_submodule(name).register_forward_pre_hook(hook)
+    try:
+        network(batch.clone())
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _num_places(layer: nn.Module, value: Tensor) -> int:
+    if isinstance(layer, nn.Conv2d):
+        sizes = zip(value.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, _padding(layer), strict=True)
+        counts = [(size + before + after - d * (k - 1) - 1) // s + 1 for size, k, s, d, (before, after) in sizes]
+        return counts[0] * counts[1]
+    return value[0, ..., 0].numel()
+
+
+def _windows(layer: nn.Module, value: Tensor, places: Tensor | None) -> Tensor:
+    """The inputs of a layer's outputs at some places of every image, [G, B * places, N]."""
+    if not isinstance(layer, nn.Conv2d):
+        rows = value if places is None else value.flatten(1, -2)[:, places]
+        return rows.reshape(1, -1, value.shape[-1])
+    (top, bottom), (left, right) = _padding(layer)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = functional.pad(value, (left, right, top, bottom), mode=mode)
+    windows = functional.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    chosen = windows if places is None else windows[:, :, places]
+    grouped = chosen.reshape(len(value), layer.groups, -1, chosen.shape[-1])
+    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _padding(layer: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many rows and columns are added before and after."""
+    if not isinstance(layer.padding, str):
+        height, width = layer.padding
+        return (height, height), (width, width)
+    if layer.padding == "valid":
+        return (0, 0), (0, 0)
+    height, width = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return (height // 2, height - height // 2), (width // 2, width - width // 2)
+
+
+# -- which layers --------------------------------------------------------------------------------------------------------
+
+
+def _fittable(layer: nn.Module, quantizer: WeightQuantizer) -> bool:
+    # A subclass may do something else with its weight than its parent; torch makes one for a parametrized layer.
+    return (
+        type(layer).__mro__[1] in (nn.Conv2d, nn.Linear)
+        and quantizer.bits <= MAX_FITTED_BITS
+        and layer_weight(layer)[0].numel() <= MAX_FITTED_INPUTS
+    )
+
+
+def _in_order(student: nn.Module, batch: Tensor) -> list[tuple[str, Any]]:
+    """The layers with a quantized weight in the order in which they first run; one that never runs is left out."""
+    ran: dict[str, Any] = {}
+    handles = []
+    for name, layer in student.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            hook: Callable[..., None] = lambda module, _, name=name: ran.setdefault(name, module) and None  # noqa: E731
+            handles.append(layer.register_forward_pre_hook(hook))
+    try:
+        student(batch[:2].clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(ran.items())
+
+
+def _before_batchnorm(teacher: nn.Module) -> set[str]:
+    """Names of the layers whose output goes into a BatchNorm and nowhere else."""
+    if not isinstance(teacher, GraphModule):
+        return set()
+    modules = dict(teacher.named_modules())
+
+    def is_batchnorm(node: Any) -> bool:
+        return node.op == "call_module" and isinstance(modules.get(node.target), _BatchNorm)
+
+    calls: dict[str, list[bool]] = {}
+    for node in teacher.graph.nodes:
+        if node.op == "call_module":
+            found = bool(node.users) and all(is_batchnorm(user) for user in node.users)
+            calls.setdefault(str(node.target), []).append(found)
+    return {name for name, found in calls.items() if all(found)}
