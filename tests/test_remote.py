@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,23 @@ def test_dead_addresses_do_not_hang() -> None:
         assert time.monotonic() - started < 5
     assert not answers(mute, 0.5)
     assert not answers("nonsense", 0.5)
+
+
+def test_what_speaks_grpc_answers_and_what_says_something_else_does_not() -> None:
+    def served(words: bytes) -> bool:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            speaker = threading.Thread(target=lambda: listener.accept()[0].sendall(words))
+            speaker.start()
+            heard = answers(f"127.0.0.1:{listener.getsockname()[1]}", 5)
+            speaker.join()
+        return heard
+
+    # A server's preface is a SETTINGS frame: 0 bytes long, type 4, no flags, stream 0.
+    assert served(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    assert not served(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    assert not served(b"SSH")
 
 
 def test_an_explicit_address_that_is_dead_is_an_error(job_document: dict[str, Any], tmp_path: Path) -> None:
