@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,27 @@ def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
     return float((logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean())
 
 
-def boundary_errors(
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Comparison:
+    """A student beside its teacher on the same images."""
+
+    logits: Tensor
+    """Of the student, [N, K] float32 on the CPU."""
+    reference: Tensor
+    """Of the teacher."""
+    boundary_errors: tuple[float, ...]
+    """Relative error at boundaries 1 … n, the student on its own inputs: drift adds up."""
+
+
+def compare(
     teacher_sections: Sequence[nn.Module],
     student_sections: Sequence[nn.Module],
     batches: Iterable[Tensor],
     device: torch.device,
-) -> tuple[float, ...]:
-    """Relative error at boundaries 1 … n over all batches, the student on its own inputs: drift adds up."""
+) -> Comparison:
+    """Run both networks, cut alike and in eval mode, once over all batches; raises DataError where there are none."""
     sums = [(0.0, 0.0)] * len(teacher_sections)
+    logits, reference = [], []
     with torch.no_grad():
         for images in batches:
             ours, theirs = images.to(device), images.to(device)
@@ -52,7 +66,15 @@ def boundary_errors(
                 ours, theirs = student(ours.clone()), teacher(theirs.clone())
                 error, norm = _squares(ours, theirs)
                 sums[index] = (sums[index][0] + error, sums[index][1] + norm)
-    return tuple(_ratio(*pair) for pair in sums)
+            logits.append(ours.float().cpu())
+            reference.append(theirs.float().cpu())
+    if not logits:
+        raise DataError("there are no images to validate on")
+    return Comparison(
+        logits=torch.cat(logits),
+        reference=torch.cat(reference),
+        boundary_errors=tuple(_ratio(*pair) for pair in sums),
+    )
 
 
 def _squares(output: Tensor, target: Tensor) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dcq_ray.errors import DataError
-from dcq_ray.validate import agreement, boundary_errors, predict, top_k
+from dcq_ray.validate import agreement, compare, predict, top_k
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
@@ -50,14 +50,21 @@ class Scale(nn.Module):
 
 def test_boundary_errors_add_up_over_sections_that_work_in_place() -> None:
     images = torch.tensor([[3.0, 4.0]])
-    errors = boundary_errors([Scale(1), Scale(2)], [Scale(1.1), Scale(2)], [images, images], CPU)
-    assert errors == pytest.approx((0.1, 0.1))
+    found = compare([Scale(1), Scale(2)], [Scale(1.1), Scale(2)], [images, images], CPU)
+    assert found.boundary_errors == pytest.approx((0.1, 0.1))
     assert torch.equal(images, torch.tensor([[3.0, 4.0]]))
-    errors = boundary_errors([Scale(1), Scale(2)], [Scale(1.1), Scale(2.2)], [images], CPU)
-    assert errors == pytest.approx((0.1, 0.21))
+    assert torch.allclose(found.logits, 2.2 * torch.cat([images, images]))
+    assert torch.equal(found.reference, 2 * torch.cat([images, images]))
+    found = compare([Scale(1), Scale(2)], [Scale(1.1), Scale(2.2)], [images], CPU)
+    assert found.boundary_errors == pytest.approx((0.1, 0.21))
 
 
 def test_boundary_errors_of_a_zero_boundary() -> None:
     images = torch.ones(1, 2)
-    assert boundary_errors([Scale(0)], [Scale(0)], [images], CPU) == (0.0,)
-    assert boundary_errors([Scale(0)], [Scale(1)], [images], CPU) == (float("inf"),)
+    assert compare([Scale(0)], [Scale(0)], [images], CPU).boundary_errors == (0.0,)
+    assert compare([Scale(0)], [Scale(1)], [images], CPU).boundary_errors == (float("inf"),)
+
+
+def test_compare_refuses_no_images() -> None:
+    with pytest.raises(DataError, match="no images"):
+        compare([Scale(1)], [Scale(1)], [], CPU)

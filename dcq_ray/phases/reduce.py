@@ -38,10 +38,12 @@ from dcq_ray.records import (
 from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm, stitch
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import state_bytes
-from dcq_ray.validate import agreement, boundary_errors, predict, top_k
+from dcq_ray.validate import agreement, compare, top_k
 
 # Statistics over so many images times their positions are exact enough; more would cost a pass over the train part.
 MAX_BATCHNORM_SAMPLES = 5120
+# A section alone is measured on so many held-out images at most: its score is a hint, and passes for it are many.
+MAX_ALONE_SAMPLES = 1000
 MEASUREMENT_FILE = "measurement.json"
 SCORES_FILE = "test-scores.json"
 STUDENT_FILE = "student.safetensors"
@@ -87,8 +89,9 @@ def measured_section(context: RunContext, result: SectionResult) -> SectionMeasu
 def measure_sections(
     context: RunContext, results: Sequence[SectionResult], network: Network, splits: Splits
 ) -> tuple[SectionMeasurement, ...]:
-    """Measure the teacher with one section replaced, for each of these, on held-out images; kept beside their weights.
+    """Measure the teacher with one section replaced, for each of these; kept beside their weights.
 
+    On the first `MAX_ALONE_SAMPLES` held-out images, which are in random order.
     Sections that are measured together share one pass of the teacher.
     """
     start_cpu_seconds = time.process_time()
@@ -100,7 +103,7 @@ def measure_sections(
     errors, norms = dict.fromkeys(students, 0.0), dict.fromkeys(students, 0.0)
     reference = []
     with torch.no_grad():
-        for images, _ in ordered_batches(splits.held_out, context.job.data.batch_size):
+        for images in _first_images(splits.held_out, context.job.data.batch_size, MAX_ALONE_SAMPLES):
             value, replaced = images.to(device), dict[int, Tensor]()
             for index, section in enumerate(sections):
                 # Clones, since a section may work in place on its input.
@@ -114,7 +117,7 @@ def measure_sections(
             reference.append(value.float().cpu())
             for index, output in replaced.items():
                 alone[index].append(output.float().cpu())
-    labels = splits.held_out.labels
+    labels = None if splits.held_out.labels is None else splits.held_out.labels[:MAX_ALONE_SAMPLES]
     cpu_seconds = (time.process_time() - start_cpu_seconds) / max(1, len(results))
     measurements = []
     for result in results:
@@ -280,19 +283,18 @@ def validate(
 ) -> ValidationReport:
     """The baked student against the teacher on held-out images: accuracy, agreement, and error at every boundary."""
     job = context.job
-    teacher = network.teacher.module.to(device)
-    logits = predict(student, _images(held_out, job.data.batch_size), device)
-    reference = predict(teacher, _images(held_out, job.data.batch_size), device)
     labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
     teacher_sections = [section.to(device) for section in network.sections]
     student_sections = [section.to(device) for section in _student_sections(network, student.state_dict(), extra)]
-    errors = boundary_errors(teacher_sections, student_sections, _images(held_out, job.data.batch_size), device)
+    # The sections one after the other are the networks, bit for bit: one pass of each gives errors and logits.
+    compared = compare(teacher_sections, student_sections, _images(held_out, job.data.batch_size), device)
+    logits, reference = compared.logits, compared.reference
     return ValidationReport(
         num_samples=len(held_out),
         top1=None if labels is None else top_k(logits, labels, 1),
         top5=None if labels is None else top_k(logits, labels, 5),
         agreement_with_teacher=agreement(logits, reference),
-        boundary_errors=errors,
+        boundary_errors=compared.boundary_errors,
         teacher_top1=None if labels is None else top_k(reference, labels, 1),
         metric=_metric(context, logits, labels),
         teacher_metric=_metric(context, reference, labels),
@@ -326,7 +328,7 @@ def _images(part: Part, batch_size: int) -> Iterator[Tensor]:
 
 
 def _first_images(part: Part, batch_size: int, max_samples: int = MAX_BATCHNORM_SAMPLES) -> Iterator[Tensor]:
-    # The train part is shuffled, so its beginning is a fair choice.
+    # Parts are shuffled, so their beginning is a fair choice.
     num_samples = min(len(part), max_samples)
     for start in range(0, num_samples, batch_size):
         yield part.images(np.arange(start, min(start + batch_size, num_samples)))

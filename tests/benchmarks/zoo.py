@@ -39,7 +39,7 @@ from dcq_ray.quantize import put_input_quantizers
 from dcq_ray.records import PartitionPlan, Progress, RunReport, from_json
 from dcq_ray.spec import Job
 from dcq_ray.teacher import build_network, load_teacher, read_state
-from dcq_ray.validate import boundary_errors, predict, top_k
+from dcq_ray.validate import compare, predict, top_k
 
 FOLDER = Path(__file__).parent
 SECTION_COUNTS = (2, 5)
@@ -191,7 +191,7 @@ def _check_student(job: Job, plan: PartitionPlan, report: RunReport) -> None:
     teacher = load_teacher(job.teacher, job_folder=str(FOLDER))
     assert teacher.sha256 == plan.teacher_sha256, "the teacher cannot be built again"
     held_out = (images for images, _ in ordered_batches(splits.held_out, NUM_IMAGES))
-    (error,) = boundary_errors([teacher.module], [student], held_out, CPU)
+    (error,) = compare([teacher.module], [student], held_out, CPU).boundary_errors
     told = report.validation.boundary_errors[-1]
     assert math.isclose(error, told, rel_tol=1e-6), f"the logits' error is {error}, the report says {told}"
 
