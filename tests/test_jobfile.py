@@ -398,7 +398,7 @@ FIT = (
 )
 TRAIN = (
     "a mapping with keys among epochs, optimizer, lr, schedule, momentum, weight_decay, batch_size, loss, last_loss, "
-    "temperature, inputs, anneal, stagger, look_ahead, look_ahead_weight, input_noise, augment and num_threads"
+    "temperature, start, start_samples, inputs, anneal, stagger, look_ahead, look_ahead_weight, input_noise, augment and num_threads"
 )
 SIZE = "a list of 2 values, each a whole number of at least 1, or null"
 CUTS = "a list of at least one value, each a text that is not empty, or null"
@@ -432,7 +432,7 @@ storage: {run_dir: "${NOPE}/x"}
         "package.module:function; did you mean 'cifar10'?",
         "line 7: train.optimiser: unknown key; did you mean 'optimizer'? allowed: anneal, augment, batch_size, epochs, "
         "input_noise, inputs, last_loss, look_ahead, look_ahead_weight, loss, "
-        "lr, momentum, num_threads, optimizer, schedule, stagger, temperature, weight_decay",
+        "lr, momentum, num_threads, optimizer, schedule, stagger, start, start_samples, temperature, weight_decay",
         "line 8: train.lr: got -1, expected a number greater than 0",
         "line 11: quantize.weights.bits: got 9, expected a whole number from 1 to 8",
         "line 12: storage.run_dir: the environment variable NOPE is not set; set it, or give a default: "
