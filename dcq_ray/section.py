@@ -169,15 +169,16 @@ class Training:
             parameter.requires_grad_(True)
         pause = 1 if device.type == "cpu" else STEPS_BETWEEN_GPU_READS
         self._recorder = _Recorder(self.total, what, settings.lr, pause)
-        if not self.total:
-            return
-        self._optimizer = _optimizer(list(self._parameters.values()), settings)
         if start is not None:
             _refuse_foreign(start, module, self.total, what)
             # Into the module's own, which carries the metadata by which a class such as MNASNet knows what it loads.
             state = module.state_dict()
             state.update(start.module)
             module.load_state_dict(state)
+        if not self.total:
+            return
+        self._optimizer = _optimizer(list(self._parameters.values()), settings)
+        if start is not None:
             _load_optimizer_state(self._optimizer, self._parameters, start.optimizer)
             self._recorder.losses.extend(start.losses)
             self.num_steps, self.num_sample_passes = start.num_steps, start.num_sample_passes
@@ -215,7 +216,7 @@ class Training:
             num_steps=self.num_steps,
             num_sample_passes=self.num_sample_passes,
             module=_copies(self._module.state_dict()),
-            optimizer=_copies(_optimizer_state(self._optimizer, self._parameters)),
+            optimizer=_copies(_optimizer_state(self._optimizer, self._parameters)) if self.total else {},
             losses=tuple(self._recorder.losses),
             seconds=self._seconds_before + time.monotonic() - self._started,
             input_wait_seconds=self.wait_seconds,

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from dcq_ray.errors import SectionTrainingError
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import RunSession, dump_slices, num_slices, open_network, open_run, run_local, train_stream
-from dcq_ray.phases.stream import StreamClock
+from dcq_ray.phases import (
+    RunSession,
+    Streamed,
+    dump_slices,
+    num_slices,
+    open_network,
+    open_run,
+    run_local,
+    train_stream,
+)
+from dcq_ray.phases.stream_saving import StreamClock
 from dcq_ray.phases.train import section_weights
 from dcq_ray.records import Progress, SectionResult
 from dcq_ray.remote import run_remote
@@ -44,7 +53,7 @@ def trained(session: RunSession, runs: list[list[int]]) -> dict[str, Tensor]:
     context, splits = session.context, session.prepared.splits
     network = open_network(context)
     session.dump(lambda missing: dump_slices(context, network, splits, range(num_slices(context)), missing))
-    streams: list[dict[int, Tensor]] = [{} for _ in runs]
+    streams: list[dict[int, Streamed]] = [{} for _ in runs]
     results: list[SectionResult] = []
     for number, indices in enumerate(runs):
         fed = streams[number - 1] if number else {}

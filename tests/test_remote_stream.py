@@ -27,14 +27,14 @@ def ancestors(pid: int) -> list[int]:
     return found
 
 
-def stream_workers() -> list[int]:
-    """The stream workers that this process's Ray has started."""
+def ray_workers(name: str) -> list[int]:
+    """The actors of a class that this process's Ray has started."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 title = (folder / "cmdline").read_bytes().split(b"\0")[0]
-                if title.startswith(b"ray::StreamWorker") and os.getpid() in ancestors(int(folder.name)):
+                if title.startswith(f"ray::{name}".encode()) and os.getpid() in ancestors(int(folder.name)):
                     found.append(int(folder.name))
             except OSError:
                 # It has ended since.
@@ -59,7 +59,7 @@ def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
     def watch(progress: Progress) -> None:
         lines.append(progress)
         if progress.phase == "train" and progress.state == "running" and progress.index == 1 and not killed:
-            killed.extend(stream_workers()[:1])
+            killed.extend(ray_workers("StreamWorker")[:1])
             for pid in killed:
                 os.kill(pid, signal.SIGKILL)
 
@@ -75,5 +75,10 @@ def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
 def test_what_is_fed_out_of_order_is_had_in_order() -> None:
     worker = StreamWorker(context=None)  # type: ignore[arg-type]
     for tick in (2, 1, 3):
-        worker.feed(tick, torch.full((2, 1), float(tick)).numpy())
-    assert [float(worker._receive(tick)[0]) for tick in (1, 2, 3)] == [1.0, 2.0, 3.0]
+        worker.feed(tick, torch.full((2, 1), float(tick)).numpy(), tick == 2)
+    received = [worker._receive(tick) for tick in (1, 2, 3)]
+    assert [(float(streamed.activations[0]), streamed.save) for streamed in received] == [
+        (1, False),
+        (2, True),
+        (3, False),
+    ]

@@ -6,6 +6,7 @@ Every step takes a `RunContext` and opens what it needs from it, so the same fun
 actor. The run directory is the state: a step whose valid result lies there is not repeated.
 """
 
+from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.gate import accuracy_drop, check_gate
@@ -16,6 +17,7 @@ from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
+from dcq_ray.phases.saving import SaveRequest, StopRequest, checkpoint_store
 from dcq_ray.phases.session import (
     RunSession,
     keep_baseline,
@@ -25,7 +27,8 @@ from dcq_ray.phases.session import (
     with_baselines,
     write_report,
 )
-from dcq_ray.phases.stream import train_stream
+from dcq_ray.phases.stream import Streamed, train_stream
+from dcq_ray.phases.stream_saving import restart_tick, saved_tick
 from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
 
 __all__ = [
@@ -36,10 +39,15 @@ __all__ = [
     "Prediction",
     "Prepared",
     "RunSession",
+    "SaveRequest",
+    "StopRequest",
+    "Streamed",
     "TestScores",
     "accuracy_drop",
     "activation_memory_bytes",
     "check_gate",
+    "checkpoint_positions",
+    "checkpoint_store",
     "choose_device",
     "dump_slices",
     "finish",
@@ -65,7 +73,9 @@ __all__ = [
     "read_report",
     "report_failure",
     "report_success",
+    "restart_tick",
     "run_local",
+    "saved_tick",
     "section_done",
     "section_failed",
     "section_failure",

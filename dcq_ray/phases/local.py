@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 
-from dcq_ray.errors import DcqError, RunInterrupted, StaleRunError
+from dcq_ray.errors import RunInterrupted, StaleRunError
 from dcq_ray.phases.context import Emit, Network, choose_device, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.reduce import finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import report_failure, report_success
+from dcq_ray.phases.saving import SaveRequest, StopRequest
 from dcq_ray.phases.session import RunSession
 from dcq_ray.phases.stream import train_stream
+from dcq_ray.phases.stream_saving import restart_tick
 from dcq_ray.phases.train import activation_memory_bytes, section_failure, train_section
 from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
 from dcq_ray.spec import Job
 
 
-def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool = False) -> RunReport:
+def run_local(
+    job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool = False, stop: StopRequest | None = None
+) -> RunReport:
     """Run a job from end to end in this process; resumes what an earlier run of its run directory finished.
+
+    Args:
+        stop: a training asks it at every step whether the run is to end, and saves itself first.
 
     Raises:
         SectionTrainingError: sections failed; the report names them, the others' results stay.
@@ -39,16 +47,19 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
         session.dump(dump_all)
         started = time.monotonic()
         results, failures = dict(session.reused), []
-        outcomes = streamed(session, network) if session.streams else each_alone(session, network)
-        for outcome in outcomes:
-            if isinstance(outcome, SectionFailure):
-                failures.append(outcome)
-            else:
-                results[outcome.index] = outcome
+        stop = StopRequest(_never) if stop is None else stop
+        with stop.training():
+            outcomes = (streamed if session.streams else each_alone)(session, network, stop)
+            for outcome in outcomes:
+                if isinstance(outcome, SectionFailure):
+                    failures.append(outcome)
+                else:
+                    results[outcome.index] = outcome
         train_seconds = time.monotonic() - started
         ordered = [results[index] for index in sorted(results)]
         if failures:
             raise report_failure(session, ordered, failures)
+        session.remove_checkpoints()
         known = [found for result in ordered if (found := measured_section(context, result)) is not None]
         indices = {found.index for found in known}
         unknown = [result for result in ordered if result.index not in indices]
@@ -63,14 +74,18 @@ def run_local(job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool 
         return report
 
 
-def each_alone(session: RunSession, network: Network) -> Iterator[SectionResult | SectionFailure]:
+def _never() -> NoReturn:
+    raise AssertionError("nobody asked this run to stop")
+
+
+def each_alone(session: RunSession, network: Network, request: SaveRequest) -> Iterator[SectionResult | SectionFailure]:
     """Train the pending sections one by one on the teacher's activations."""
     for task in session.pending:
-        yield attempt(session, task, network)
+        yield attempt(session, task, network, request)
 
 
-def streamed(session: RunSession, network: Network) -> Iterator[SectionResult | SectionFailure]:
-    """Train the pending sections in step; the first that fails ends it."""
+def streamed(session: RunSession, network: Network, request: SaveRequest) -> Iterator[SectionResult | SectionFailure]:
+    """Train the pending sections in step, from where an earlier run saved them; the first that fails ends it."""
     context, tasks = session.context, session.pending
     device = choose_device(context.device)
     if not tasks:
@@ -82,12 +97,16 @@ def streamed(session: RunSession, network: Network) -> Iterator[SectionResult | 
         session.prepared.splits,
         emit=session.emit,
         memory_bytes=activation_memory_bytes(context.job, device, num_at_once=1),
+        start_tick=restart_tick(context, tasks, emit=session.emit),
+        request=request,
     ):
         session.emit(section_failed(outcome) if isinstance(outcome, SectionFailure) else section_done(outcome))
         yield outcome
 
 
-def attempt(session: RunSession, task: SectionTask, network: Network) -> SectionResult | SectionFailure:
+def attempt(
+    session: RunSession, task: SectionTask, network: Network, request: SaveRequest
+) -> SectionResult | SectionFailure:
     """Train a section, or say why it failed, so that one bad section never discards the others."""
     context = session.context
     device = choose_device(context.device)
@@ -99,10 +118,11 @@ def attempt(session: RunSession, task: SectionTask, network: Network) -> Section
             session.prepared.splits,
             emit=session.emit,
             memory_bytes=activation_memory_bytes(context.job, device, num_at_once=1),
+            request=request,
         )
     except (RunInterrupted, StaleRunError):
         raise
-    except DcqError as error:
+    except Exception as error:
         failure = section_failure(task, error)
         session.emit(section_failed(failure))
         return failure

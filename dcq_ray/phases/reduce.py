@@ -23,8 +23,8 @@ from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, s
 from dcq_ray.phases.polish import attempt_step, judge_of, polish
 from dcq_ray.phases.prepare import part_top1
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
-from dcq_ray.phases.train import layer_identity, section_weights
-from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers, put_quantizers
+from dcq_ray.phases.train import layer_identity, section_weights, trained_section
+from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers
 from dcq_ray.records import (
     MergeStep,
     Progress,
@@ -98,7 +98,7 @@ def measure_sections(
     torch.set_num_threads(context.job.train.num_threads)
     device = choose_device(context.device)
     sections = [section.to(device).eval() for section in network.sections]
-    students = {result.index: _student_section(context, result, network).to(device) for result in results}
+    students = {result.index: trained_section(context, result, network).to(device) for result in results}
     alone: dict[int, list[Tensor]] = {index: [] for index in students}
     errors, norms = dict.fromkeys(students, 0.0), dict.fromkeys(students, 0.0)
     reference = []
@@ -299,14 +299,6 @@ def validate(
         metric=_metric(context, logits, labels),
         teacher_metric=_metric(context, reference, labels),
     )
-
-
-def _student_section(context: RunContext, result: SectionResult, network: Network) -> nn.Module:
-    """A trained section, on the teacher's own graph."""
-    module = copy.deepcopy(network.sections[result.index])
-    put_quantizers(module, context.plan.sections[result.index].layers, trained=True)
-    module.load_state_dict(section_weights(context, result))
-    return module.eval()
 
 
 def _student_sections(network: Network, state: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> list[nn.Module]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import NoReturn
 
 from dcq_ray.errors import StorageError
 from dcq_ray.phases.checkpoints import Checkpoint, Effort, checkpoint_at, newest_checkpoint, save_checkpoint
@@ -74,30 +75,57 @@ class Pace:
 
 
 class SaveRequest:
-    """A wish that a training save itself at its next step; may be made and answered by different threads."""
+    """A wish that a training save itself at its next step; one thread may make it, and another one answer it."""
 
     def __init__(self) -> None:
-        self._wanted = threading.Event()
-        self._answered = threading.Event()
-
-    @property
-    def wanted(self) -> bool:
+        self.wanted = False
         """Whether somebody waits for a checkpoint."""
-        return self._wanted.is_set()
+        self._answered = threading.Event()
 
     def make(self) -> None:
         """Wish for a checkpoint."""
         self._answered.clear()
-        self._wanted.set()
+        self.wanted = True
 
     def answer(self) -> None:
         """Say that one was committed."""
-        self._wanted.clear()
         self._answered.set()
+        self.wanted = False
 
     def wait(self, timeout_seconds: float) -> bool:
         """Wait for the answer, and say whether it came."""
         return self._answered.wait(timeout_seconds)
+
+
+class StopRequest(SaveRequest):
+    """A wish that a run in this process end, as SIGTERM's handler makes it: a training saves itself first."""
+
+    def __init__(self, stop: Callable[[], NoReturn]) -> None:
+        """`stop`: raises what ends the run."""
+        super().__init__()
+        self._stop, self._training = stop, False
+
+    def make(self) -> None:
+        """End the run: a training at its next step, where it is not asked for the second time, and all else at once."""
+        if not self._training or self.wanted:
+            self._stop()
+        super().make()
+
+    def answer(self) -> None:
+        """Say that a checkpoint was committed, and end the run."""
+        super().answer()
+        self._stop()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Let the trainings of the block save themselves before they end; a wish that found no step ends the run after it."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+        if self.wanted:
+            self._stop()
 
 
 class SectionSaver:

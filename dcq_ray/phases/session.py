@@ -12,6 +12,7 @@ from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import DumpedSlice, dump_missing
 from dcq_ray.phases.prepare import Prepared
 from dcq_ray.phases.reduce import test_key
+from dcq_ray.phases.saving import remove_checkpoints
 from dcq_ray.phases.train import section_boundaries
 from dcq_ray.phases.views import all_boundaries
 from dcq_ray.records import (
@@ -86,6 +87,11 @@ class RunSession:
     def streams(self) -> bool:
         """Whether sections train on what the sections before them give."""
         return self.context.job.train.inputs == "student"
+
+    def remove_checkpoints(self) -> None:
+        """Remove all sections' checkpoints, once all have results."""
+        for task in self.tasks:
+            remove_checkpoints(self.context, task.index)
 
     def dump(self, run_slices: Callable[[Sequence[Boundary]], Iterable[DumpedSlice]]) -> None:
         """Dump the boundaries on which pending sections train, where the cache lacks them, and keep what that cost."""

@@ -11,7 +11,8 @@ the only wait is for the pipeline to fill. Two things make it as good as one aft
   have fallen further than its own, and it ends on inputs that no longer change.
 
 With `stagger` s the chain of dependent work is (1 + s) trainings of one section: 1 / (1 + s) of the ideal speed-up. A section
-that has ended only passes activations on. Whoever trains which run of neighbouring sections, the result is the same.
+that has ended only passes activations on. Whoever trains which run of neighbouring sections, and at whichever saved tick a
+restart begins (`stream_saving`), the result is the same.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from torch import Tensor, nn
 
 from dcq_ray.data import Splits
-from dcq_ray.errors import SectionTrainingError
-from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.errors import SectionTrainingError, StorageError
+from dcq_ray.phases.context import Emit, Network, choose_device, section_store
 from dcq_ray.phases.objective import objective_loss
+from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver
 from dcq_ray.phases.sources import Source, with_noise
+from dcq_ray.phases.stream_saving import SavingTicks, StreamClock, stream_clock
 from dcq_ray.phases.train import (
     SHARDS_PER_WINDOW,
     commit_section,
+    finished_section,
     noise_seed,
     open_views,
     section_failure,
     step_reporter,
     student_section,
+    trained_section,
 )
 from dcq_ray.records import RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.section import Training
@@ -48,35 +52,14 @@ from dcq_ray.shards import sample_order, samples_per_shard
 STREAM_SECTION = 2**31 + 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamClock:
-    """When which section trains, in ticks; every section takes one step a tick for `num_steps` ticks."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Streamed:
+    """What a section gives the next one at a tick."""
 
-    batch_size: int
-    steps_per_epoch: int
-    num_steps: int
-    starts: tuple[int, ...]
-    """The first tick of each section."""
-
-    @property
-    def num_ticks(self) -> int:
-        return self.starts[-1] + self.num_steps
-
-    def student_share(self, section: int, tick: int, anneal: float) -> float:
-        """The share of the student in a section's inputs at a tick: from 0 to 1 in equal steps over `anneal` of its training."""
-        done = (tick - self.starts[section]) / self.num_steps
-        return 1.0 if done >= anneal else done / anneal
-
-
-def stream_clock(context: RunContext) -> StreamClock:
-    """The clock of a job."""
-    train, num_samples = context.job.train, context.plan.boundaries[0].num_samples
-    batch_size = min(train.batch_size, num_samples)
-    steps_per_epoch = num_samples // batch_size
-    num_steps = train.epochs * steps_per_epoch
-    latest, last = train.stagger * num_steps, max(1, len(context.plan.sections) - 1)
-    starts = tuple(round(latest * index / last) for index in range(len(context.plan.sections)))
-    return StreamClock(batch_size=batch_size, steps_per_epoch=steps_per_epoch, num_steps=num_steps, starts=starts)
+    activations: Tensor
+    """[B, ...]"""
+    save: bool
+    """Whether all sections save their state after this tick."""
 
 
 def train_stream(
@@ -87,17 +70,25 @@ def train_stream(
     *,
     emit: Emit,
     memory_bytes: int,
-    receive: Callable[[int], Tensor] | None = None,
-    send: Callable[[int, Tensor], None] | None = None,
+    stream: Sequence[SectionTask] | None = None,
+    receive: Callable[[int], Streamed] | None = None,
+    send: Callable[[int, Streamed], None] | None = None,
     restarts: int = 0,
+    start_tick: int = 0,
+    request: SaveRequest | None = None,
 ) -> Iterator[SectionResult | SectionFailure]:
     """Train a run of neighbouring sections in step, and yield each result as it is committed.
 
-    A section that fails is yielded as a failure, and ends it: those after it have no inputs any more.
+    Those that ended before `start_tick` are yielded at once. A section that fails is yielded as a failure, and ends it: those
+    after it have no inputs any more.
 
     Args:
-        receive: tick -> the input [B, ...] of the first of them from the section before; None where that is the images.
+        stream: all sections of the stream, where others train some of them.
+        receive: tick -> the input of the first of them from the section before; None where that is the images.
         send: takes the output of the last of them at every tick at which the section after it trains; None for the last one.
+        restarts: how often workers of the stream died under this driver.
+        start_tick: go on there; all sections are whole at it, as `restart_tick` found.
+        request: asked at every tick by who trains the first section whether somebody wants a checkpoint at once.
 
     Raises:
         ShardError: a boundary's shards are missing or damaged; they are struck off, and the next run dumps them again.
@@ -109,31 +100,52 @@ def train_stream(
     clock = stream_clock(context)
     first, after = tasks[0].index, tasks[-1].index + 1
     order = np.empty(0, np.int64)
+    request, pace = SaveRequest() if request is None else request, Pace(job.storage.checkpoint_seconds)
+    saving_ticks = SavingTicks(context, tasks if stream is None else stream, start_tick, request, pace)
+    # What all sections take to save is judged by the time that ours take.
+    share = _share_of_parameters(context, tasks)
     with contextlib.ExitStack() as stack:
-        trainees = [
-            _Trainee(context, task, network, splits, device, memory_bytes // len(tasks), stack, emit, clock)
-            for task in tasks
-        ]
-        for tick in range(clock.starts[first], clock.num_ticks):
+        trainees: list[_Trainee] = []
+        for task in tasks:
+            result = _ended_before(context, task, clock, start_tick)
+            if result is not None:
+                yield result
+            saver = SectionSaver(context, task, restarts=restarts, emit=emit, position=start_tick)
+            memory_share = memory_bytes // len(tasks)
+            trainees.append(
+                _Trainee(
+                    context, task, network, splits, device, memory_share, stack, emit, clock, start_tick, saver, result
+                )
+            )
+        for tick in range(max(start_tick, clock.starts[first]), clock.num_ticks):
             epoch, step = divmod(tick, clock.steps_per_epoch)
             if step == 0 or not len(order):
                 order = _order(context, epoch)
             positions = order[step * clock.batch_size : (step + 1) * clock.batch_size]
-            value = trainees[0].read_input(epoch, positions) if receive is None else receive(tick).to(device)
-            for trainee in trainees:
-                if tick < clock.starts[trainee.task.index]:
-                    break
-                share = clock.student_share(trainee.task.index, tick, job.train.anneal)
+            if receive is None:
+                value, save = trainees[0].read_input(epoch, positions), saving_ticks.due(tick)
+            else:
+                streamed = receive(tick)
+                value, save = streamed.activations.to(device), streamed.save
+            started = [trainee for trainee in trainees if tick >= clock.starts[trainee.task.index]]
+            for trainee in started:
+                student_share = clock.student_share(trainee.task.index, tick, job.train.anneal)
                 try:
-                    value = trainee.take(value, share if trainee.task.index else 1.0, epoch, positions)
-                    result = trainee.commit(context, restarts) if trainee.due else None
+                    value = trainee.take(value, student_share if trainee.task.index else 1.0, epoch, positions)
+                    result = trainee.commit(context) if trainee.due else None
                 except SectionTrainingError as error:
                     yield section_failure(trainee.task, error)
                     return
                 if result is not None:
                     yield result
             if send is not None and tick >= clock.starts[after]:
-                send(tick, value)
+                send(tick, Streamed(activations=value, save=save))
+            if save:
+                with pace.saving(share=share):
+                    for trainee in started:
+                        trainee.save(tick + 1)
+                if request.wanted:
+                    request.answer()
 
 
 class _Trainee:
@@ -150,13 +162,25 @@ class _Trainee:
         stack: contextlib.ExitStack,
         emit: Emit,
         clock: StreamClock,
+        start_tick: int,
+        saver: SectionSaver,
+        result: SectionResult | None,
     ) -> None:
+        """`result`: where the section ended before `start_tick`."""
         started, start_cpu_seconds = time.monotonic(), time.process_time()
         job = context.job
-        self.task = task
+        self.task, self._saver = task, saver
         self._seed, self._input_noise = job.seed, job.train.input_noise
-        self._views: list[list[Source]] = open_views(context, task.index, splits, device, memory_bytes, stack)
-        self._module: GraphModule = student_section(context, task.index, network, self._views[0][0], device)
+        self._steps_per_epoch, self._committed = clock.steps_per_epoch, result is not None
+        self._steps_left = clock.num_steps - clock.steps_before(task.index, start_tick)
+        self._views: list[list[Source]] = []
+        if result is None or task.index == 0:
+            self._views = open_views(context, task.index, splits, device, memory_bytes, stack)
+        self._training: Training | None = None
+        if result is not None:
+            self._module: nn.Module = trained_section(context, result, network).to(device)
+            return
+        self._module = student_section(context, task.index, network, self._views[0][0], device)
         self._training = Training(
             self._module,
             settings=job.train,
@@ -164,12 +188,14 @@ class _Trainee:
             loss=objective_loss(context, task.index, network, device),
             device=device,
             what=f"section {task.index}",
+            start=saver.start,
         )
         self._training.train()
-        self._steps_per_epoch, self._steps_left, self._committed = clock.steps_per_epoch, clock.num_steps, False
-        self._report = step_reporter(emit, task.index, clock.num_steps, clock.batch_size)
-        self._seconds = time.monotonic() - started
-        self._cpu_seconds = time.process_time() - start_cpu_seconds
+        self._report = step_reporter(
+            emit, task.index, clock.num_steps, clock.batch_size, first_step=self._training.num_steps
+        )
+        self._seconds = saver.before.seconds + time.monotonic() - started
+        self._cpu_seconds = saver.before.cpu_seconds + time.process_time() - start_cpu_seconds
 
     @property
     def due(self) -> bool:
@@ -183,26 +209,36 @@ class _Trainee:
     def take(self, streamed: Tensor, share: float, epoch: int, positions: np.ndarray) -> Tensor:
         """Take a step on inputs of which `share` is the student's, where steps are left, and return the output."""
         started, start_cpu_seconds = time.monotonic(), time.process_time()
+        training = self._training
         # Clones, since a section may work in place on its input, and this one may be another's output.
-        if self._steps_left == 0 or self._training.total == 0:
+        if training is None or self._steps_left == 0 or training.total == 0:
             with torch.no_grad():
                 output: Tensor = self._module(streamed.clone())
         else:
             inputs = streamed.clone()
             if share < 1.0:
                 inputs = torch.lerp(self.read_input(epoch, positions), inputs, share)
-            generator = torch.Generator().manual_seed(noise_seed(self._seed, self.task.index, self._training.num_steps))
+            generator = torch.Generator().manual_seed(noise_seed(self._seed, self.task.index, training.num_steps))
             inputs = with_noise(inputs, self._input_noise, generator)
             targets = tuple(source.read(positions) for source in self._views[epoch % len(self._views)][1:])
-            output = self._training.step(inputs, targets)
-            self._report(self._training.num_steps, self._training.latest_loss)
+            output = training.step(inputs, targets)
+            self._report(training.num_steps, training.latest_loss)
         self._steps_left = max(0, self._steps_left - 1)
-        self._seconds += time.monotonic() - started
-        self._cpu_seconds += time.process_time() - start_cpu_seconds
+        if training is not None:
+            self._seconds += time.monotonic() - started
+            self._cpu_seconds += time.process_time() - start_cpu_seconds
         return output
 
-    def commit(self, context: RunContext, restarts: int) -> SectionResult:
+    def save(self, tick: int) -> None:
+        """Save the state before a tick, unless it is trained to the end."""
+        if self._training is not None and not self._committed:
+            self._saver.save(
+                self._training.state(), seconds=self._seconds, cpu_seconds=self._cpu_seconds, position=tick
+            )
+
+    def commit(self, context: RunContext) -> SectionResult:
         """Write the trained section; from here on it is in eval mode and only passes activations on."""
+        assert self._training is not None
         started, start_cpu_seconds = time.monotonic(), time.process_time()
         result = self._training.finish(self._steps_per_epoch)
         self._committed = True
@@ -213,8 +249,31 @@ class _Trainee:
             result,
             seconds=self._seconds + time.monotonic() - started,
             cpu_seconds=self._cpu_seconds + time.process_time() - start_cpu_seconds,
-            restarts=restarts,
+            restarts=self._saver.restarts,
         )
+
+
+def _ended_before(context: RunContext, task: SectionTask, clock: StreamClock, tick: int) -> SectionResult | None:
+    """The result of a section that took its last step before a tick, None where it did not.
+
+    Raises:
+        StorageError: it did, but its result is not there any more.
+    """
+    if clock.steps_before(task.index, tick) < clock.num_steps:
+        return None
+    result = finished_section(context, task)
+    if result is None:
+        raise StorageError(
+            f"{section_store(context, task.index).uri}: the result of section {task.index}, which others train on, is gone "
+            "or damaged; run again to train it"
+        )
+    return result
+
+
+def _share_of_parameters(context: RunContext, tasks: Sequence[SectionTask]) -> float:
+    counts = [section.num_parameters for section in context.plan.sections]
+    ours = sum(counts[task.index] for task in tasks)
+    return max(1, ours) / max(1, sum(counts))
 
 
 def _order(context: RunContext, epoch: int) -> np.ndarray:

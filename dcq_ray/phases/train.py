@@ -28,7 +28,7 @@ from dcq_ray.phases.objective import objective_loss, section_objective
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
 from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
 from dcq_ray.phases.views import boundary_views
-from dcq_ray.quantize import activation_starts, put_quantizers
+from dcq_ray.quantize import activation_starts, fit_weights, put_quantizers
 from dcq_ray.records import (
     Boundary,
     LayerPlan,
@@ -213,13 +213,25 @@ def train_section(
 def student_section(
     context: RunContext, index: int, network: Network, inputs: Source, device: torch.device
 ) -> GraphModule:
-    """A section with its quantizers where they start: on the teacher's weights, and on the first of its inputs."""
+    """A section with its quantizers where they start: on the teacher's weights, or fitted to them, and its first inputs."""
     # A copy: the network serves other sections and measurements after this one.
     module: GraphModule = copy.deepcopy(network.sections[index]).to(device)
     layers = context.plan.sections[index].layers
     job = context.job
     calibration = first_batches(inputs, job.data.batch_size)
     put_quantizers(module, layers, activation_starts(module, layers, calibration))
+    if job.train.start == "fitted":
+        rows = first_batches(inputs, job.data.batch_size, job.train.start_samples)
+        fit_weights(module, network.sections[index].to(device), ((value, value) for value in rows), seed=job.seed)
+    return module
+
+
+def trained_section(context: RunContext, result: SectionResult, network: Network) -> GraphModule:
+    """A trained section, on the teacher's own graph, in eval mode."""
+    module: GraphModule = copy.deepcopy(network.sections[result.index])
+    put_quantizers(module, context.plan.sections[result.index].layers, trained=True)
+    module.load_state_dict(section_weights(context, result))
+    module.eval().requires_grad_(False)
     return module
 
 
@@ -265,10 +277,11 @@ def commit_section(
     return committed
 
 
-def section_failure(task: SectionTask, error: DcqError) -> SectionFailure:
+def section_failure(task: SectionTask, error: Exception) -> SectionFailure:
     """What the report says of a section that failed; call it while the exception is handled."""
+    told = str(error) if isinstance(error, DcqError) else f"section {task.index}: {type(error).__name__}: {error}"
     return SectionFailure(
-        index=task.index, error_type=type(error).__name__, message=str(error), traceback=traceback.format_exc()
+        index=task.index, error_type=type(error).__name__, message=told, traceback=traceback.format_exc()
     )
 
 
@@ -348,8 +361,8 @@ def step_reporter(
                 loss=loss,
                 per_second=steps_per_second * batch_size,
                 seconds_left=(total - step) / steps_per_second,
+                detail=detail,
             )
         )
 
-                detail=detail,
     return on_step

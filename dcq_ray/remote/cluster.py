@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,12 +52,13 @@ def connected(address: str, *, environment: Mapping[str, str], log_to_driver: bo
     # Ray warns of many things that are no concern of who quantizes a network; errors still reach the driver as exceptions.
     quiet = {"logging_level": "ERROR", "log_to_driver": log_to_driver}
     try:
-        if target is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-            phrase = "a local Ray"
-        else:
-            ray.init(address=target, **quiet)
-            phrase = f"the Ray cluster at {target}"
+        with _own_sigterm():
+            if target is None:
+                ray.init(address="local", include_dashboard=False, **quiet)
+                phrase = "a local Ray"
+            else:
+                ray.init(address=target, **quiet)
+                phrase = f"the Ray cluster at {target}"
     except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         raise ClusterError(
             f"Ray could not be {'started here' if target is None else f'joined at {target}'}: {error}; "
@@ -65,6 +68,22 @@ def connected(address: str, *, environment: Mapping[str, str], log_to_driver: bo
         yield phrase
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which ray.init replaces by one that exits with 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        # Ray's own handler had its way in between.
+        if error.code == signal.SIGTERM and callable(handler):
+            handler(signal.SIGTERM, None)
+        raise
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _find_cluster(address: str, environment: Mapping[str, str]) -> str | None:

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 import torch
 
+from dcq_ray.errors import ClusterError
 from dcq_ray.phases import (
     DumpedSlice,
     Emit,
     Finished,
     RunSession,
     TestScores,
-    longest_first,
     num_slices,
     open_run,
     report_failure,
     report_success,
-    section_done,
 )
 from dcq_ray.records import (
     Boundary,
     Progress,
     RunContext,
     RunReport,
-    SectionFailure,
     SectionMeasurement,
     SectionResult,
-    SectionTask,
 )
+from dcq_ray.remote.attempts import Attempts
 from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
+from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
-from dcq_ray.remote.workers import ReducerActor, SectionActor, cuda_task, dump_task, unwrapped
+from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, unwrapped
 from dcq_ray.spec import Job
 
 POLL_SECONDS = 0.5
-MAX_RESTARTS = 2
 
 
 def run_remote(
@@ -70,17 +67,14 @@ def run_remote(
             share = section_share(job, len(session.tasks), node_resources())
             session.dump(lambda missing: _dumped(session.context, missing, share))
             started = time.monotonic()
-            reducer = ReducerActor.options(num_cpus=0, max_concurrency=2).remote(session.context, share)
-            for result in session.reused.values():
-                reducer.take.remote(result)
-            if session.streams:
-                results, failures = train_streamed(session, share, reducer.take.remote)
-            else:
-                results, failures = _train_all(session, share, reducer)
+            reducer = _reducer(session, share, session.reused.values())
+            train = train_streamed if session.streams else train_alone
+            results, failures = train(session, share, reducer.take.remote)
             train_seconds = time.monotonic() - started
             if failures:
                 raise report_failure(session, results, failures)
-            measurements, scores, finished = _reduced(session, reducer, results)
+            session.remove_checkpoints()
+            measurements, scores, finished = _reduced(session, share, reducer, results)
             report = report_success(
                 session,
                 results,
@@ -102,84 +96,67 @@ def _cluster_device(share: Share) -> torch.device:
 
 
 def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> Iterator[DumpedSlice]:
-    """Deal the slices over as many tasks as fit, and yield each slice as it is written."""
+    """Deal the slices over as many tasks as fit, and yield each slice as it is written.
+
+    Ray begins a task anew whose worker or node died; one that Ray gives up is dealt again here. What was yielded before is not
+    yielded twice, and slices whose shards are there are not written again.
+    """
     total = num_slices(context)
     num_tasks = min(share.places, total)
     task = dump_task.options(num_returns="streaming", **share.options)
     context_ref = ray.put(context)
-    waiting = [
-        task.remote(context_ref, tuple(range(first, total, num_tasks)), tuple(missing)) for first in range(num_tasks)
-    ]
+    parts = [tuple(range(first, total, num_tasks)) for first in range(num_tasks)]
+    attempts = [Attempts(0) for _ in parts]
+    num_yielded, num_seen = [0] * num_tasks, [0] * num_tasks
+    waiting = {part: task.remote(context_ref, indices, tuple(missing)) for part, indices in enumerate(parts)}
     while waiting:
-        ready, _ = ray.wait(waiting, num_returns=1)
+        ready, _ = ray.wait(list(waiting.values()), num_returns=1)
+        part = next(part for part, generator in waiting.items() if generator is ready[0])
         try:
-            yield unwrapped(next(ready[0]))
+            dumped = unwrapped(next(ready[0]))
         except StopIteration:
-            waiting.remove(ready[0])
+            waiting.pop(part)
+        except ray.exceptions.RayError as error:
+            if not attempts[part].another(num_yielded[part]):
+                raise ClusterError(
+                    f"the dump: a worker that dumps {len(parts[part])} slices from {parts[part][0]} on died "
+                    f"{attempts[part]}; the last time: {error}; run again to dump what is missing"
+                ) from error
+            num_seen[part] = 0
+            waiting[part] = task.remote(context_ref, parts[part], tuple(missing))
+        else:
+            num_seen[part] += 1
+            if num_seen[part] > num_yielded[part]:
+                num_yielded[part] += 1
+                yield dumped
 
 
-def _train_all(session: RunSession, share: Share, reducer: Any) -> tuple[list[SectionResult], list[SectionFailure]]:
-    """Train the pending sections, each in its own actor, longest first; a worker that dies is replaced twice."""
-    results, failures = dict(session.reused), []
-    tasks = {task.index: task for task in session.pending}
-    queue = [tasks[section.index] for section in longest_first(session.context.plan.sections) if section.index in tasks]
-    restarts = dict.fromkeys(tasks, 0)
-    running: dict[Any, tuple[Any, SectionTask]] = {}
-    context_ref = ray.put(session.context)
-    actor = SectionActor.options(max_concurrency=2, **share.options)
-    for task in queue:
-        session.emit(Progress(phase="train", index=task.index, state="waiting"))
-    while queue or running:
-        while queue and len(running) < share.places:
-            task = queue.pop(0)
-            worker = actor.remote(context_ref)
-            reference = worker.train.remote(task, min(share.places, len(session.tasks)), restarts[task.index])
-            running[reference] = (worker, task)
-        done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
-        for reference in done:
-            worker, task = running.pop(reference)
-            try:
-                outcome = unwrapped(reference)
-            except ray.exceptions.RayActorError as error:
-                restarts[task.index] += 1
-                if restarts[task.index] <= MAX_RESTARTS:
-                    session.emit(Progress(phase="train", index=task.index, state="waiting", detail="its worker died"))
-                    queue.insert(0, task)
-                    continue
-                outcome = SectionFailure(
-                    index=task.index,
-                    error_type=type(error).__name__,
-                    message=f"section {task.index}: its worker died {restarts[task.index]} times; the last time: {error}",
-                    traceback="",
-                )
-            # A handle that is kept keeps the place taken.
-            ray.kill(worker)
-            if isinstance(outcome, SectionFailure):
-                failures.append(outcome)
-                session.emit(Progress(phase="train", index=task.index, state="failed", detail=outcome.message))
-            else:
-                results[task.index] = outcome
-                reducer.take.remote(outcome)
-                session.emit(section_done(outcome))
-        _poll([worker for worker, _ in running.values()], session.emit)
-    return [results[index] for index in sorted(results)], failures
-
-
-def _poll(workers: Sequence[Any], emit: Emit) -> None:
-    """Ask those workers that answer at once how far they are."""
-    asked = [worker.progress.remote() for worker in workers]
-    if not asked:
-        return
-    answered, _ = ray.wait(asked, num_returns=len(asked), timeout=POLL_SECONDS)
-    for reference in answered:
-        # A worker that just died is dealt with where its result is awaited.
-        with contextlib.suppress(ray.exceptions.RayError):
-            progress = ray.get(reference)
-            if progress is not None:
-                emit(progress)
+def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult]) -> Any:
+    """A reducer that begins to measure these results."""
+    reducer = ReducerActor.options(num_cpus=0, max_concurrency=2).remote(session.context, share)
+    for result in results:
+        reducer.take.remote(result)
+    return reducer
 
 
 def _reduced(
+    session: RunSession, share: Share, reducer: Any, results: Sequence[SectionResult]
+) -> tuple[Sequence[SectionMeasurement], TestScores, Finished]:
+    """What the reducer finds; one that dies is replaced by another, which takes over what was measured."""
+    attempts = Attempts(0)
+    while True:
+        try:
+            return _found(session, reducer, results)
+        except ray.exceptions.RayActorError as error:
+            if not attempts.another(0):
+                raise ClusterError(
+                    f"the reducer died {attempts.num_restarts + 1} times; the last time: {error}"
+                ) from error
+            session.emit(Progress(phase="reduce", state="waiting", detail="the reducer died; starting another"))
+            reducer = _reducer(session, share, results)
+
+
+def _found(
     session: RunSession, reducer: Any, results: Sequence[SectionResult]
 ) -> tuple[Sequence[SectionMeasurement], TestScores, Finished]:
     total = len(results) + 1

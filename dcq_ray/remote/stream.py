@@ -1,8 +1,8 @@
 """Streamed sections on a cluster: one actor for each run of neighbouring sections, activations handed on tick by tick.
 
 An actor sends the output of its last section straight to the next actor, at most a few ticks ahead of what that one has taken,
-so the object store holds a handful of batches however long the training is. When a worker dies, all are started again: what
-they had trained and not committed is lost, and the sections that were committed give what they gave.
+so the object store holds a handful of batches however long the training is. With the activations travels the word to save, so
+that all sections have checkpoints of the same ticks. When a worker dies, all are started again at the newest tick that all have.
 """
 
 from __future__ import annotations
@@ -15,29 +15,32 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from torch import Tensor
 
 from dcq_ray.callables import importable_from
 from dcq_ray.partition import balanced_cuts
 from dcq_ray.phases import (
     Emit,
     RunSession,
+    SaveRequest,
+    Streamed,
     activation_memory_bytes,
     choose_device,
     open_network,
     open_splits,
+    restart_tick,
+    saved_tick,
     section_done,
     section_failed,
     section_objective,
     train_stream,
 )
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
+from dcq_ray.remote.attempts import Attempts, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
 from dcq_ray.remote.workers import unwrapped
 
 # So many ticks a section may be ahead of its successor.
 MAX_TICKS_AHEAD = 4
-MAX_RESTARTS = 2
 POLL_SECONDS = 0.5
 
 
@@ -47,12 +50,21 @@ class StreamWorker:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._lines: dict[int, Progress] = {}
-        self._fed: dict[int, np.ndarray] = {}
+        self._fed: dict[int, tuple[np.ndarray, bool]] = {}
+        self._request = SaveRequest()
         self._outcomes: list[SectionResult | SectionFailure] = []
         self._changed = threading.Condition()
 
-    def train(self, tasks: Sequence[SectionTask], follower: Any, num_at_once: int, restarts: int) -> None:
-        """Train the tasks to the end; what they gave is had from `news` as soon as it is committed."""
+    def train(
+        self,
+        tasks: Sequence[SectionTask],
+        stream: Sequence[SectionTask],
+        follower: Any,
+        num_at_once: int,
+        restarts: int,
+        start_tick: int,
+    ) -> None:
+        """Train the tasks, of those of the stream, to the end; what they gave is had from `news` as it is committed."""
         context = self._context
         importable_from(context.job_folder)
         device = choose_device(context.device)
@@ -66,17 +78,25 @@ class StreamWorker:
             memory_bytes=activation_memory_bytes(context.job, device, num_at_once=num_at_once),
             receive=self._receive if tasks[0].index else None,
             send=None if follower is None else _sender(follower),
+            stream=stream,
             restarts=restarts,
+            start_tick=start_tick,
+            request=self._request,
         ):
             with self._changed:
                 self._outcomes.append(outcome)
                 # Its outcome is its last line.
                 self._lines.pop(outcome.index, None)
 
-    def feed(self, tick: int, activations: np.ndarray) -> None:
-        """Take the input of a tick; returns when there is room for another."""
+    def save(self, timeout_seconds: float) -> bool:
+        """Have all sections of the stream saved, if this is the first worker; whether its own are by then."""
+        self._request.make()
+        return self._request.wait(timeout_seconds)
+
+    def feed(self, tick: int, activations: np.ndarray, save: bool) -> None:
+        """Take the input of a tick, and whether to save after it; returns when there is room for another."""
         with self._changed:
-            self._fed[tick] = activations
+            self._fed[tick] = activations, save
             self._changed.notify_all()
             # Its own tick may be the one that is waited for, so it is kept first, and only then is room waited for.
             self._changed.wait_for(lambda: len(self._fed) <= MAX_TICKS_AHEAD)
@@ -87,13 +107,13 @@ class StreamWorker:
             outcomes, self._outcomes = self._outcomes, []
         return list(self._lines.values()), outcomes
 
-    def _receive(self, tick: int) -> Tensor:
+    def _receive(self, tick: int) -> Streamed:
         with self._changed:
             self._changed.wait_for(lambda: tick in self._fed)
-            activations = self._fed.pop(tick)
+            activations, save = self._fed.pop(tick)
             self._changed.notify_all()
         # A copy: what came out of the object store cannot be written to.
-        return torch.from_numpy(activations.copy())
+        return Streamed(activations=torch.from_numpy(activations.copy()), save=save)
 
     def _take_line(self, progress: Progress) -> None:
         assert progress.index is not None
@@ -109,12 +129,15 @@ def train_streamed(
         took: called with every result as it is committed.
     """
     results: dict[int, SectionResult] = dict(session.reused)
-    for restarts in range(MAX_RESTARTS + 1):
+    context, tasks = session.context, session.pending
+    attempts = Attempts(saved_tick(context, tasks))
+    while True:
+        start_tick = restart_tick(context, tasks, emit=session.emit)
         try:
-            failures = _train_once(session, share, results, took, restarts)
+            failures = _train_once(session, share, results, took, attempts.num_restarts, start_tick)
         except ray.exceptions.RayActorError as error:
-            if restarts < MAX_RESTARTS:
-                for task in session.pending:
+            if attempts.another(saved_tick(context, tasks)):
+                for task in tasks:
                     session.emit(
                         Progress(
                             phase="train", index=task.index, state="waiting", detail="a worker died; starting again"
@@ -125,10 +148,10 @@ def train_streamed(
                 SectionFailure(
                     index=task.index,
                     error_type=type(error).__name__,
-                    message=f"section {task.index}: a worker died {restarts + 1} times; the last time: {error}",
+                    message=f"section {task.index}: a worker died {attempts}; the last time: {error}",
                     traceback="",
                 )
-                for task in session.pending
+                for task in tasks
                 if task.index not in results
             ]
         break
@@ -141,6 +164,7 @@ def _train_once(
     results: dict[int, SectionResult],
     took: Callable[[SectionResult], None],
     restarts: int,
+    start_tick: int,
 ) -> list[SectionFailure]:
     groups = _groups(session, share.places)
     if not groups:
@@ -148,9 +172,15 @@ def _train_once(
     context_ref = ray.put(session.context)
     failures: list[SectionFailure] = []
     actor = StreamActor.options(max_concurrency=2 * MAX_TICKS_AHEAD + 2, **share.options)
-    with _workers(actor, context_ref, len(groups)) as workers:
+    stream = session.pending
+
+    def saved() -> int:
+        return saved_tick(session.context, stream)
+
+    # The first worker has all save.
+    with _workers(actor, context_ref, len(groups)) as workers, saved_when_interrupted(lambda: workers[:1], saved):
         running = {
-            worker.train.remote(group, follower, len(groups), restarts): worker
+            worker.train.remote(group, stream, follower, len(groups), restarts, start_tick): worker
             for worker, group, follower in zip(workers, groups, [*workers[1:], None], strict=True)
         }
         while running and not failures:
@@ -212,12 +242,12 @@ def _tell(workers: Sequence[Any], emit: Emit) -> list[SectionResult | SectionFai
     return outcomes
 
 
-def _sender(follower: Any) -> Callable[[int, Tensor], None]:
+def _sender(follower: Any) -> Callable[[int, Streamed], None]:
     """What feeds the following worker, and waits where it is too far ahead."""
     sent: list[Any] = []
 
-    def send(tick: int, output: Tensor) -> None:
-        sent.append(follower.feed.remote(tick, output.cpu().numpy()))
+    def send(tick: int, output: Streamed) -> None:
+        sent.append(follower.feed.remote(tick, output.activations.cpu().numpy(), output.save))
         if len(sent) > MAX_TICKS_AHEAD:
             ray.get(sent.pop(0))
 

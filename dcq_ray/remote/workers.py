@@ -10,11 +10,12 @@ import torch
 
 from dcq_ray.callables import importable_from
 from dcq_ray.data import Splits
-from dcq_ray.errors import DcqError, SectionTrainingError, StaleRunError
+from dcq_ray.errors import DcqError, SectionTrainingError, ShardError, StaleRunError, StorageError
 from dcq_ray.phases import (
     DumpedSlice,
     Finished,
     Network,
+    SaveRequest,
     TestScores,
     activation_memory_bytes,
     choose_device,
@@ -79,14 +80,15 @@ def _finish(context: RunContext, results: Sequence[SectionResult]) -> Finished:
 
 
 class SectionWorker:
-    """Trains one section; answers how far it is while it trains."""
+    """Trains one section; answers how far it is, and saves it when it is asked to, while it trains."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._progress: Progress | None = None
+        self._request = SaveRequest()
 
     def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
-        """The result of the task, or why it failed."""
+        """The result of the task, or why it failed where it would fail again; what may pass is raised."""
         context = self._context
         importable_from(context.job_folder)
         try:
@@ -101,15 +103,23 @@ class SectionWorker:
                     context.job, choose_device(context.device), num_at_once=num_at_once
                 ),
                 restarts=restarts,
+                request=self._request,
             )
         except StaleRunError:
             raise
         except DcqError as error:
+            if isinstance(error, StorageError) and not isinstance(error, ShardError):
+                raise
             return section_failure(task, error)
 
     def progress(self) -> Progress | None:
         """The latest line of the training, or None before its first step."""
         return self._progress
+
+    def save(self, timeout_seconds: float) -> bool:
+        """Have the training save itself at its next step, and say whether it did in time."""
+        self._request.make()
+        return self._request.wait(timeout_seconds)
 
     def _take(self, progress: Progress) -> None:
         self._progress = progress

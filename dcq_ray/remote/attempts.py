@@ -1,0 +1,67 @@
+"""When workers die: how often their work is begun anew, and what is saved before a run ends by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+
+from dcq_ray.errors import RunInterrupted
+
+# So many workers in a row may die on the same work without a checkpoint more than the one before.
+MAX_DEATHS = 5
+# Whoever stops a run kills it after a while; Kubernetes grants 30 s, and 10 are promised.
+SAVE_SECONDS = 7.0
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+class Attempts:
+    """How often a piece of work was begun anew, and whether it is once more.
+
+    A worker that came further than the one before did not die of its work: only deaths in a row at the same place count.
+    """
+
+    def __init__(self, position: int) -> None:
+        """`position`: how far the work is sure to have come, in steps or ticks."""
+        self.num_restarts = 0
+        self._position, self._num_in_a_row = position, 0
+
+    def another(self, position: int) -> bool:
+        """Whether the work is begun once more after a death, now that it is sure to have come so far."""
+        self._num_in_a_row = self._num_in_a_row + 1 if position <= self._position else 1
+        self._position = max(position, self._position)
+        if self._num_in_a_row >= MAX_DEATHS:
+            return False
+        self.num_restarts += 1
+        return True
+
+    def __str__(self) -> str:
+        return f"{self._num_in_a_row} times in a row without getting further than step {self._position}"
+
+
+@contextlib.contextmanager
+def saved_when_interrupted(
+    workers: Callable[[], Sequence[Any]], saved: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """Have workers save what they train where the block is ended by a signal, and wait a few seconds for that.
+
+    Args:
+        workers: those that train by then.
+        saved: how far the newest checkpoint is, where more workers than those that are asked take part in one.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, RunInterrupted):
+        # A worker that is dead, or has not yet begun, has nothing to save.
+        with contextlib.suppress(ray.exceptions.RayError):
+            deadline = time.monotonic() + SAVE_SECONDS
+            before = 0 if saved is None else saved()
+            asked = [worker.save.remote(SAVE_SECONDS) for worker in workers()]
+            if asked:
+                ray.wait(asked, num_returns=len(asked), timeout=SAVE_SECONDS)
+            while saved is not None and saved() == before and time.monotonic() < deadline:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        raise
