@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,20 @@ import torch
 
 from dcq_ray.errors import StaleRunError
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import ignore_progress, open_run, run_local, saving
+from dcq_ray.phases import (
+    DumpedSlice,
+    dump_slices,
+    ignore_progress,
+    num_slices,
+    open_network,
+    open_run,
+    run_local,
+    saving,
+)
+from dcq_ray.phases.dump import boundary_store, commit_boundary, reusable_boundaries
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, checkpoint_store
 from dcq_ray.phases.train import section_weights
-from dcq_ray.records import Progress, RunContext, SectionResult, SectionTask
+from dcq_ray.records import Boundary, Progress, RunContext, SectionResult, SectionTask
 from dcq_ray.section import TrainingState
 from dcq_ray.storage import current_epoch, hold_run, open_store
 from dcq_ray.storage.local_files import LocalFiles
@@ -255,3 +265,84 @@ def test_a_section_killed_again_and_again_and_with_a_damaged_checkpoint(
     assert_same(found, sections_of(whole, tmp_path))
     assert [result.restarts for result, _ in found] == [3, 0, 0]
     assert found[0][0].seconds > 0
+
+
+@pytest.mark.slow
+def test_a_stream_killed_anywhere_goes_on_where_all_sections_were_saved(
+    job_document: dict[str, Any], tmp_path: Path, every_step: None
+) -> None:
+    student = {"inputs": "student", "stagger": 0.4, "input_noise": 0.1}
+    whole = document_of(job_document, tmp_path / "whole", **student)
+    run(whole, tmp_path)
+    undisturbed = sections_of(whole, tmp_path)
+    broken = document_of(job_document, tmp_path / "broken", **student)
+    # 30 steps each, begun at ticks 0, 6 and 12. Killed while section 1 saves, when section 0 has saved the tick already:
+    # before section 2 has begun, amid all, and after section 0 has ended, which then only passes activations on.
+    for num_saved, resumed_after in ((2, {0: 8, 1: 2}), (20, {0: 26, 1: 20, 2: 14}), (27, {1: 27, 2: 21})):
+        with killed(num_saved * WRITES_OF_A_CHECKPOINT, section=1), pytest.raises(Killed):
+            run(broken, tmp_path)
+        events: list[Progress] = []
+        run(broken, tmp_path, events)
+        resumed = {(event.index, event.detail) for event in events if "resumed" in event.detail}
+        assert resumed == {(index, f"resumed after step {step}") for index, step in resumed_after.items()}
+        assert_same(sections_of(broken, tmp_path), undisturbed)
+        assert not list((tmp_path / "broken").rglob("checkpoints"))
+        shutil.rmtree(tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_a_stream_of_which_no_tick_is_whole_begins_anew(
+    job_document: dict[str, Any], tmp_path: Path, every_step: None
+) -> None:
+    student = {"inputs": "student", "stagger": 0.4}
+    whole, broken = (document_of(job_document, tmp_path / name, **student) for name in ("whole", "broken"))
+    run(whole, tmp_path)
+    with killed(10 * WRITES_OF_A_CHECKPOINT, section=2), pytest.raises(Killed):
+        run(broken, tmp_path)
+    # Sections 0 and 1 have ticks 22 and 23, section 2 has 21 and 22.
+    files = sorted((tmp_path / "broken" / "sections" / "02").rglob("*.safetensors"))
+    assert [int(file.name.partition("-")[0]) for file in files] == [21, 22]
+    files[-1].write_bytes(files[-1].read_bytes()[:-1])
+    events: list[Progress] = []
+    run(broken, tmp_path, events)
+    assert any("passed over a damaged checkpoint" in event.detail for event in events)
+    # No tick is whole in all of them any more, so the stream begins anew.
+    assert not any("resumed" in event.detail for event in events)
+    assert_same(sections_of(broken, tmp_path), sections_of(whole, tmp_path))
+
+
+# -- the dump ----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_that_are_gone_after_a_slice_was_dumped_are_dumped_again(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    job = resolve_job(job_document, source="test")
+    rounds = []
+    with open_run(job, str(tmp_path), device=CPU, emit=ignore_progress, owner="test") as session:
+        context, network = session.context, open_network(session.context)
+
+        def dump_all(missing: Sequence[Boundary]) -> Iterator[DumpedSlice]:
+            rounds.append(len(missing))
+            yield from dump_slices(context, network, session.prepared.splits, range(num_slices(context)), missing)
+            if len(rounds) == 1:
+                # As if the node that dumped it had kept it on its own disk, and died.
+                (Path(boundary_store(context, missing[0]).uri) / "shard-00000.arrow").unlink()
+
+        session.dump(dump_all)
+        assert rounds == [4, 4]
+        assert len(reusable_boundaries(context)) == 4
+
+
+def test_a_replaced_driver_and_its_workers_commit_no_boundary(job_document: dict[str, Any], tmp_path: Path) -> None:
+    job = resolve_job(job_document, source="test")
+    with open_run(job, str(tmp_path), device=CPU, emit=ignore_progress, owner="test") as session:
+        context, splits = session.context, session.prepared.splits
+    network = open_network(context)
+    boundary = context.plan.boundaries[0]
+    with hold_run(open_store(context.run_dir), owner="the new driver"):
+        with pytest.raises(StaleRunError):
+            list(dump_slices(context, network, splits, [0], [boundary]))
+        with pytest.raises(StaleRunError):
+            commit_boundary(context, boundary)
+    assert not [name for name in boundary_store(context, boundary).list_names() if name != "uses"]

@@ -17,11 +17,14 @@ import torch
 
 from dcq_ray.data import Splits
 from dcq_ray.errors import DataError, ShardError, StorageError
-from dcq_ray.phases.context import Emit, Network, choose_device
+from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale
 from dcq_ray.phases.views import all_boundaries, images_of_view
 from dcq_ray.records import Boundary, Progress, RunContext, ShardInfo, ShardManifest
 from dcq_ray.shards import commit_manifest, finished_shards, load_manifest, samples_per_shard, write_shard
 from dcq_ray.storage import Store, add_use, hold_boundary, open_store, remove_use
+
+# So often slices are dumped whose shards are not there afterwards, before the dump gives up.
+MAX_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +108,10 @@ def dump_missing(
 ) -> float:
     """Dump those of the wanted boundaries that the cache lacks, however `run_slices` does it; returns processor seconds.
 
-    Another run that dumps one of them is waited for.
+    Another run that dumps one of them is waited for. Shards that are not there once their slices were dumped, as when a node
+    took its disk with it, are dumped again.
     """
-    done, cpu_seconds = 0, 0.0
+    cpu_seconds = 0.0
     have = {boundary.digest for boundary in reusable_boundaries(context)}
     absent = [boundary for boundary in wanted if boundary.digest not in have]
 
@@ -121,10 +125,14 @@ def dump_missing(
         check_space(context, missing)
         total = context.plan.boundaries[0].num_samples * len({boundary.view for boundary in missing})
         emit(Progress(phase="dump", done=0, total=total))
-        for dumped in run_slices(missing):
-            done += dumped.num_samples
-            cpu_seconds += dumped.cpu_seconds
-            emit(Progress(phase="dump", done=done, total=total))
+        for _ in range(MAX_ROUNDS):
+            done = 0
+            for dumped in run_slices(missing):
+                done += dumped.num_samples
+                cpu_seconds += dumped.cpu_seconds
+                emit(Progress(phase="dump", done=done, total=total))
+            if not any(_lost(context, boundary) for boundary in missing):
+                break
         for boundary in missing:
             commit_boundary(context, boundary)
     emit(Progress(phase="dump", state="done", done=total, total=total))
@@ -150,6 +158,9 @@ def dump_slices(
 
     Shards that an earlier, interrupted dump finished are not written again; where none of a slice is missing, the teacher
     does not run.
+
+    Raises:
+        StaleRunError: another driver holds the run directory now.
     """
     torch.set_num_threads(context.job.train.num_threads)
     device = choose_device(context.device)
@@ -162,6 +173,7 @@ def dump_slices(
         positions = np.arange(index * size, min((index + 1) * size, len(splits.train)))
         wanted = [boundary for boundary in missing if boundary.view == view and index not in finished[boundary.digest]]
         if wanted:
+            refuse_stale(context)
             last = max(boundary.index for boundary in wanted)
             activations: dict[int, list[np.ndarray]] = {boundary.index: [] for boundary in wanted}
             for start in range(0, len(positions), context.job.data.batch_size):
@@ -177,10 +189,16 @@ def dump_slices(
 
 
 def commit_boundary(context: RunContext, boundary: Boundary) -> ShardManifest:
-    """Write the manifest of a boundary whose shards are all there; raises ShardError naming the missing ones."""
+    """Write the manifest of a boundary whose shards are all there.
+
+    Raises:
+        ShardError: some are missing; it names them.
+        StaleRunError: another driver holds the run directory now.
+    """
+    refuse_stale(context)
     store = boundary_store(context, boundary)
     shards: dict[int, ShardInfo] = finished_shards(store)
-    lost = [index for index in range(num_slices(context)) if index not in shards]
+    lost = _lost(context, boundary)
     if lost:
         raise ShardError(
             f"{store.uri}: boundary {boundary.index} ({boundary.cut}) lacks shards {lost[:5]} of {num_slices(context)} "
@@ -198,6 +216,12 @@ def commit_boundary(context: RunContext, boundary: Boundary) -> ShardManifest:
     )
     commit_manifest(store, manifest)
     return manifest
+
+
+def _lost(context: RunContext, boundary: Boundary) -> list[int]:
+    """The slices of which a boundary lacks the shard."""
+    shards = finished_shards(boundary_store(context, boundary))
+    return [index for index in range(num_slices(context)) if index not in shards]
 
 
 def _boundary_values(
