@@ -6,8 +6,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -94,9 +94,12 @@ def run_rival(
 def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
     owner = f"dcq-ray run of job {job.name}"
     if address == "none":
-        from dcq_ray.phases import run_local
+        from dcq_ray.phases import StopRequest, run_local
 
-        return run_local(job, folder, emit=emit, owner=owner, fresh=fresh)
+        stop = StopRequest(_raising(signal.getsignal(signal.SIGTERM)))
+        # A training saves itself first. `interruptible` puts back what was there before it.
+        signal.signal(signal.SIGTERM, lambda *_: stop.make())
+        return run_local(job, folder, emit=emit, owner=owner, fresh=fresh, stop=stop)
     from dcq_ray.remote import run_remote
 
     return run_remote(
@@ -110,6 +113,16 @@ def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit,
         fresh=fresh,
         log_to_driver="--debug" in sys.argv,
     )
+
+
+def _raising(handler: Any) -> Callable[[], NoReturn]:
+    """A signal's handler that raises, as a function that does."""
+
+    def stop() -> NoReturn:
+        handler(signal.SIGTERM, None)
+        raise AssertionError("the handler of SIGTERM returned")
+
+    return stop
 
 
 @contextlib.contextmanager
