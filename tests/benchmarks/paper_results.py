@@ -179,7 +179,7 @@ def _row(runs: Sequence[Run]) -> Row:
         weights=f"{levels} ({weights['scheme']}){_ends(job['quantize']['first_last_bits'])}",
         passes=_passes(job),
         num_sections=len(runs[0].report["sections"]),
-        switches={variant: _switches(found[0].job) for variant, found in variants.items()},
+        switches={variant: switches(found[0].job) for variant, found in variants.items()},
         seeds=tuple(
             _seed_result(seed, [run for run in runs if run.job["seed"] == seed])
             for seed in sorted({run.job["seed"] for run in runs})
@@ -203,9 +203,9 @@ def _ends(bits: int | None) -> str:
     return {None: "", 32: "; first and last layer fp32"}.get(bits, f"; first and last layer {bits} bits")
 
 
-def _switches(job: dict[str, Any]) -> str:
-    """What a run's training and merge have switched on, beside a plain training of sections."""
-    plain = TrainSpec().model_dump(mode="json")
+def switches(job: dict[str, Any]) -> str:
+    """What a run's training and merge have switched on, beside a plain training of sections on the teacher's activations."""
+    plain = TrainSpec(start="nearest", look_ahead=0).model_dump(mode="json")
     budget = ("epochs", "lr", "batch_size", "optimizer", "schedule")
     train = {name: value for name, value in job["train"].items() if value != plain.get(name) and name not in budget}
     merge = {
