@@ -129,7 +129,8 @@ def page(runs: Sequence[Run]) -> str:
         "# What each switch is worth",
         "Written by `tests/benchmarks/ablation.py` from the runs' `report.json` files. Do not edit.",
         f"Runs of {' to '.join(dict.fromkeys((days[0], days[-1])))}. Top-1 on held-out images in percent, mean ± standard "
-        "deviation over n seeds; the teacher has seen most of these images in its training, so it scores more on them than on test images.",
+        "deviation over n seeds; the teacher has seen most of these images in its training, so it scores more on them than on test "
+        "images.",
         table(COLUMNS, (_cells(line, plain.get(line.group)) for line in found)),
         "Beside plain: the mean difference within seeds to sections trained alone, from the nearest levels, on the teacher's "
         "activations; a difference within two paired standard errors is none. One section after the other: each on the outputs of "
