@@ -57,6 +57,8 @@ def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
     tasks: list[SectionTask] = []
     streamed = job.train.inputs == "student"
     ignored = {"loss", "last_loss", "look_ahead"} | (set() if streamed else {"anneal", "stagger"})
+    if job.train.start == "nearest":
+        ignored.add("start_samples")
     for section in plan.sections:
         objective = section_objective(context, section.index)
         settings = job.train.model_dump(mode="json", exclude=ignored)
