@@ -48,7 +48,7 @@ def processes_of(marker: str) -> list[int]:
 def test_a_run_whose_drivers_were_killed_and_terminated_gives_the_undisturbed_student(
     job_document: dict[str, Any], tmp_path: Path
 ) -> None:
-    document = {**job_document, "train": {"epochs": 400, "batch_size": 16}}
+    document = {**job_document, "train": {"epochs": 150, "batch_size": 16}}
     document["storage"] = {**job_document["storage"], "checkpoint_seconds": 0.5}
     storage = {**document["storage"], "run_dir": str(tmp_path / "whole")}
     undisturbed = run_local(

@@ -43,6 +43,18 @@ class Attempts:
 
 
 @contextlib.contextmanager
+def plain_interrupts() -> Iterator[None]:
+    """Raise what a signal's handler raised, where Ray's compiled calls make a SystemError of it."""
+    try:
+        yield
+    except SystemError as error:
+        for raised in (error.__cause__, error.__context__):
+            if isinstance(raised, KeyboardInterrupt | RunInterrupted):
+                raise raised from None
+        raise
+
+
+@contextlib.contextmanager
 def saved_when_interrupted(
     workers: Callable[[], Sequence[Any]], saved: Callable[[], int] | None = None
 ) -> Iterator[None]:
@@ -53,7 +65,8 @@ def saved_when_interrupted(
         saved: how far the newest checkpoint is, where more workers than those that are asked take part in one.
     """
     try:
-        yield
+        with plain_interrupts():
+            yield
     except (KeyboardInterrupt, RunInterrupted):
         # A worker that is dead, or has not yet begun, has nothing to save.
         with contextlib.suppress(ray.exceptions.RayError):

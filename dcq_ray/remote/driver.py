@@ -29,7 +29,7 @@ from dcq_ray.records import (
     SectionMeasurement,
     SectionResult,
 )
-from dcq_ray.remote.attempts import Attempts
+from dcq_ray.remote.attempts import Attempts, plain_interrupts
 from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
@@ -61,7 +61,8 @@ def run_remote(
         share = section_share(job, job.sections.count or 1, node_resources())
         device = _cluster_device(share)
         say(f"running on {phrase}: {share.places} sections at once on {device.type}")
-        with open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh) as session:
+        opened = open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh)
+        with opened as session, plain_interrupts():
             if session.finished_report is not None:
                 return session.finished_report
             share = section_share(job, len(session.tasks), node_resources())
