@@ -93,7 +93,7 @@ class TrainSpec(OptimizerSpec):
     """The loss of the last section, where it is to differ: on labels, or on the teacher's softened outputs."""
     temperature: Rate = 2.0
     """Of distillation."""
-    start: Literal["nearest", "fitted"] = "nearest"
+    start: Literal["nearest", "fitted"] = "fitted"
     """nearest: quantized weights start at the levels nearest to the teacher's; fitted: at those that least squares on
     `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits)."""
     start_samples: PositiveInt = 256

@@ -14,7 +14,16 @@ import torch
 from dcq_ray.data import augmented_batches
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.losses import distillation, nmse
-from dcq_ray.phases import RunSession, dump_slices, num_slices, open_network, open_run, run_local, section_objective
+from dcq_ray.phases import (
+    RunSession,
+    dump_slices,
+    ignore_progress,
+    num_slices,
+    open_network,
+    open_run,
+    run_local,
+    section_objective,
+)
 from dcq_ray.phases.objective import objective_loss
 from dcq_ray.phases.sources import with_noise
 from dcq_ray.phases.train import open_views, section_boundaries
@@ -91,6 +100,22 @@ def test_what_a_section_reads_is_in_its_tasks_digest(job_document: dict[str, Any
     # What streams do not use does not count; on streams, what the sections before have does.
     assert digests(anneal=0.9) == alone
     assert not set(digests(inputs="student")) & set(digests(inputs="student", anneal=0.9))
+    # So it is with the images of a fit.
+    nearest, fitted = digests(start="nearest"), digests(start="fitted")
+    assert digests(start="nearest", start_samples=9) == nearest
+    assert not (set(fitted) & set(nearest)) | (set(fitted) & set(digests(start="fitted", start_samples=9)))
+
+
+def test_a_fitted_section_begins_nearer_to_the_teacher(job_document: dict[str, Any], tmp_path: Path) -> None:
+    def initial_losses(start: str) -> list[float]:
+        storage = {**job_document["storage"], "run_dir": str(tmp_path / start)}
+        document = {**job_document, "train": {**job_document["train"], "epochs": 1, "start": start}, "storage": storage}
+        report = run_local(resolve_job(document, source="test"), str(tmp_path), emit=ignore_progress, owner="test")
+        return [section.initial_loss for section in report.sections if section.initial_loss is not None]
+
+    pairs = list(zip(initial_losses("fitted"), initial_losses("nearest"), strict=True))
+    assert len(pairs) == 3
+    assert all(fitted < nearest for fitted, nearest in pairs)
 
 
 def test_views_are_the_epochs_that_a_rival_sees(job_document: dict[str, Any], tmp_path: Path) -> None:
