@@ -398,7 +398,8 @@ FIT = (
 )
 TRAIN = (
     "a mapping with keys among epochs, optimizer, lr, schedule, momentum, weight_decay, batch_size, loss, last_loss, "
-    "temperature, start, start_samples, inputs, anneal, stagger, look_ahead, look_ahead_weight, input_noise, augment and num_threads"
+    "temperature, start, start_samples, inputs, anneal, stagger, look_ahead, look_ahead_weight, input_noise, augment and "
+    "num_threads"
 )
 SIZE = "a list of 2 values, each a whole number of at least 1, or null"
 CUTS = "a list of at least one value, each a text that is not empty, or null"
