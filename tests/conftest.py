@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import fs
+from s3_server import FaultyNetwork, s3_server
 from torch import Tensor, nn
 
 # The job states how many threads a worker has, and sums depend on it; tests state one.
@@ -56,6 +61,57 @@ def tiny_teacher() -> TinyResidualNet:
         for _ in range(3):
             network(torch.randn(32, 1, 16, 16))
     return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of an S3-compatible server on loopback, with credentials that are good for nothing else; skips without moto."""
+    if find_spec("moto") is None or find_spec("flask") is None:
+        pytest.skip("no S3-compatible server: moto[server] is not installed (pip install dcq-ray[test])")
+    with pytest.MonkeyPatch.context() as patch, s3_server() as port:
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            patch.delenv(name, raising=False)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield port
+
+
+@pytest.fixture(scope="session")
+def new_bucket(s3_port: int) -> Callable[[], str]:
+    """Makes an empty bucket and gives its name."""
+    system = fs.S3FileSystem(
+        endpoint_override=f"127.0.0.1:{s3_port}", scheme="http", region="us-east-1", allow_bucket_creation=True
+    )
+    numbers = itertools.count()
+
+    def make() -> str:
+        name = f"bucket-{next(numbers)}"
+        system.create_dir(name)
+        return name
+
+    return make
+
+
+@pytest.fixture
+def s3_uri(s3_port: int, new_bucket: Callable[[], str]) -> str:
+    """A folder in a bucket of its own."""
+    return f"s3://{new_bucket()}/runs?{s3_options(s3_port)}"
+
+
+@pytest.fixture
+def faulty_network(s3_port: int) -> Iterator[FaultyNetwork]:
+    """A network to the same server, which fails where it is told."""
+    network = FaultyNetwork(s3_port)
+    try:
+        yield network
+    finally:
+        network.close()
+
+
+def s3_options(port: int) -> str:
+    """The options of a URI that lead to a server on this machine."""
+    return f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
 
 
 @pytest.fixture(scope="session")

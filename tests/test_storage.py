@@ -26,6 +26,7 @@ from dcq_ray.storage import (
     hold_boundary,
     hold_run,
     leases,
+    object_files,
     open_store,
     remove_use,
 )
@@ -80,9 +81,20 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return Store(uri="s3://bucket/runs", files=ObjectFiles(fs.LocalFileSystem(), str(root)))
 
 
-@pytest.mark.parametrize("kind", ["local", "remote"])
-def test_what_is_written_is_read_listed_and_deleted(kind: str, request: pytest.FixtureRequest) -> None:
-    store: Store = request.getfixturevalue(kind)
+@pytest.fixture
+def s3(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
+    return open_store(s3_uri)
+
+
+@pytest.fixture(params=["local", "remote", "s3"])
+def store(request: pytest.FixtureRequest) -> Store:
+    """Each kind of storage that a run may lie on."""
+    found: Store = request.getfixturevalue(request.param)
+    return found
+
+
+def test_what_is_written_is_read_listed_and_deleted(store: Store) -> None:
     child = store.child("a", "b")
     assert child.read_bytes_or_none("x.bin") is None
     assert child.list_names() == []
@@ -102,8 +114,30 @@ def test_what_is_written_is_read_listed_and_deleted(kind: str, request: pytest.F
     assert not store.exists("a")
 
 
+@pytest.mark.parametrize("later_size", [0, 7, 12 * 1024**2])
+def test_a_failed_write_leaves_the_older_file(store: Store, later_size: int) -> None:
+    store.write_bytes("a/f", b"content")
+    with contextlib.suppress(KeyboardInterrupt), store.open_output("a/f") as output:
+        output.write(b"later" * (later_size // 5))
+        raise KeyboardInterrupt
+    assert store.read_bytes("a/f") == b"content"
+    assert store.child("a").list_names() == ["f"]
+
+
+def test_large_and_oddly_named_files_come_back_as_they_were(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_files, "MAX_BYTES_IN_MEMORY", 1024**2)
+    content = os.urandom(11 * 1024**2)
+    for name in ("large.bin", "archive.gz", "a b+c%20&d=é.json"):
+        with store.open_output(name) as output:
+            output.write(content[:77])
+            output.write(content[77:])
+        assert store.read_bytes(name) == content
+        assert store.size(name) == len(content)
+    assert len(store.list_names()) == 3
+
+
 @given(content=st.binary(max_size=200), later=st.binary(max_size=200), at=st.integers(0, 200))
-def test_a_failed_write_leaves_the_older_file_and_nothing_else(
+def test_a_failed_write_leaves_no_other_file(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, later: bytes, at: int
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
@@ -126,17 +160,27 @@ def test_a_writer_that_is_killed_leaves_nothing_that_is_trusted(local: Store) ->
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a//b", "/etc/passwd", "a/./b", "a\0b"])
-def test_names_do_not_lead_out_of_the_folder(local: Store, name: str) -> None:
+def test_names_do_not_lead_out_of_the_folder(store: Store, name: str) -> None:
     with pytest.raises(StorageError, match="cannot be a name"):
-        local.child(name)
+        store.child(name)
     if name:
+        for use in (
+            store.read_bytes,
+            store.read_bytes_or_none,
+            store.size,
+            store.exists,
+            store.delete,
+            store.local_path,
+        ):
+            with pytest.raises(StorageError, match="cannot be a name"):
+                use(name)
         with pytest.raises(StorageError, match="cannot be a name"):
-            local.write_bytes(name, b"")
+            store.write_bytes(name, b"")
 
 
-def test_a_missing_file_is_named(local: Store) -> None:
-    with pytest.raises(StorageError, match=r"folder/plan\.json: there is no such file"):
-        local.read_bytes("plan.json")
+def test_a_missing_file_is_named(store: Store) -> None:
+    with pytest.raises(StorageError, match=r"(folder|runs)/plan\.json.*: there is no such file"):
+        store.read_bytes("plan.json")
 
 
 @pytest.mark.parametrize(
@@ -263,39 +307,41 @@ def test_a_lock_survives_the_removal_of_its_folder(local: Store) -> None:
             assert epoch == 1
 
 
-def test_storage_without_locks_has_leases_that_expire(remote: Store) -> None:
-    with hold_run(remote, owner="first") as first:
-        lease = json.loads(remote.read_bytes("lease.json"))
+@pytest.mark.parametrize("store", ["remote", "s3"], indirect=True)
+def test_storage_without_locks_has_leases_that_expire(store: Store) -> None:
+    with hold_run(store, owner="first") as first:
+        lease = json.loads(store.read_bytes("lease.json"))
         assert lease["expires_at"] > time.time()
-        with pytest.raises(RunBusyError, match="its hold ends in"), hold_run(remote, owner="second"):
+        with pytest.raises(RunBusyError, match="its hold ends in"), hold_run(store, owner="second"):
             pass
     # Given back, it is free at once.
-    with hold_run(remote, owner="second") as second:
+    with hold_run(store, owner="second") as second:
         assert second == first + 1
-        lease = json.loads(remote.read_bytes("lease.json"))
+        lease = json.loads(store.read_bytes("lease.json"))
     # Killed, it is free when it has expired.
-    remote.write_bytes("lease.json", json.dumps({**lease, "expires_at": time.time() - 1}).encode())
-    with hold_run(remote, owner="third") as third:
+    store.write_bytes("lease.json", json.dumps({**lease, "expires_at": time.time() - 1}).encode())
+    with hold_run(store, owner="third") as third:
         assert third == second + 1
 
 
-def test_a_lease_is_renewed_while_it_is_held(remote: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("store", ["remote", "s3"], indirect=True)
+def test_a_lease_is_renewed_while_it_is_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "RENEWAL_SECONDS", 0.02)
-    with hold_run(remote, owner="first"):
-        before = json.loads(remote.read_bytes("lease.json"))["expires_at"]
+    with hold_run(store, owner="first"):
+        before = json.loads(store.read_bytes("lease.json"))["expires_at"]
         deadline = time.monotonic() + 10
-        while json.loads(remote.read_bytes("lease.json"))["expires_at"] <= before:
+        while json.loads(store.read_bytes("lease.json"))["expires_at"] <= before:
             assert time.monotonic() < deadline, "the lease was never renewed"
             time.sleep(0.01)
 
 
-def test_uses_are_one_file_a_run(local: Store) -> None:
-    add_use(local, "runs/a")
-    add_use(local, "runs/a")
-    add_use(local, "s3://bucket/b")
-    names = local.child("uses").list_names()
-    runs = {json.loads(local.child("uses").read_bytes(name))["run"] for name in names}
+def test_uses_are_one_file_a_run(store: Store) -> None:
+    add_use(store, "runs/a")
+    add_use(store, "runs/a")
+    add_use(store, "s3://bucket/b")
+    names = store.child("uses").list_names()
+    runs = {json.loads(store.child("uses").read_bytes(name))["run"] for name in names}
     assert runs == {os.path.abspath("runs/a"), "s3://bucket/b"}
-    remove_use(local, os.path.abspath("runs/a"))
-    remove_use(local, "runs/never")
-    assert len(local.child("uses").list_names()) == 1
+    remove_use(store, os.path.abspath("runs/a"))
+    remove_use(store, "runs/never")
+    assert len(store.child("uses").list_names()) == 1

@@ -3,6 +3,8 @@
     store         `Store`, the one way to read and write files; every failure is a StorageError that names the file
     local_files   the same on a local (or network-mounted) folder: temporary name, fsync, rename
     object_files  the same on a `pyarrow.fs` file system such as S3: one put, no rename
+    file_systems  the file system of a URI, with our timeouts
+    retries       begins again what a network broke off
     locks         one live run a run directory, one writer a boundary; the epoch that tells a new driver from an old one
     leases        the locks' files, and locks that expire, for storage that has no locks
     uses          which runs use a boundary

@@ -16,8 +16,9 @@ from typing import BinaryIO
 from urllib.parse import parse_qs, urlsplit
 
 from dcq_ray.errors import StorageError
+from dcq_ray.storage.file_systems import file_system, local_folder
 from dcq_ray.storage.local_files import LocalFiles
-from dcq_ray.storage.object_files import ObjectFiles, file_system, local_folder
+from dcq_ray.storage.object_files import ObjectFiles
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -67,11 +68,7 @@ class Store:
 
     @contextlib.contextmanager
     def open_output(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write in pieces, committed when the block ends and removed when it fails.
-
-        Locally nobody sees the name before the commit, and an older file of that name stays until then. An object store
-        cannot take an upload back: where the block fails there, an older file of that name is gone.
-        """
+        """A file to write in pieces, committed when the block ends; where it fails, an older file of that name stays."""
         with self._explained("write", name), self.files.open_output(name) as output:
             yield output
 
