@@ -105,6 +105,14 @@ def test_what_is_not_plain_or_has_many_bits_or_is_not_quantized_is_left_alone() 
     assert student.state_dict()["6.weight"].equal(before["6.weight"])
 
 
+def test_a_layer_of_too_many_weights_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # conv: 8 x 3 x 3 x 3 = 216 weights, grouped conv 8 x 4 x 3 x 3 = 288, linear 12 x 128.
+    monkeypatch.setattr("dcq_ray.quantize.fitted.MAX_FITTED_WEIGHTS", 216)
+    teacher = network()
+    student = student_of(teacher, LAYERS)
+    assert [fit.module for fit in fit_weights(student, teacher, [(images(1), images(1))], seed=0)] == ["0"]
+
+
 def test_the_inputs_are_those_that_the_students_input_quantizer_lets_through() -> None:
     torch.manual_seed(0)
     teacher = symbolic_trace(nn.Sequential(nn.Linear(6, 4)).eval().requires_grad_(False))
