@@ -54,7 +54,7 @@ def write_shard(store: Store, *, index: int, array: Array, dtype: str, compressi
     schema = pa.schema([pa.field(COLUMN, column.type)], metadata=metadata)
     options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
     name = shard_name(index)
-    with store.open_output(name) as file:
+    with store.open_output(name, num_bytes=samples.nbytes) as file:
         hashing = _HashingFile(file)
         with pa.ipc.new_file(hashing, schema, options=options) as writer:
             writer.write_batch(pa.record_batch([column], schema=schema))

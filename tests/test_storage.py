@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +29,9 @@ from dcq_ray.storage import (
     leases,
     object_files,
     open_store,
+    read_uses,
     remove_use,
+    run_is_held,
 )
 from dcq_ray.storage.object_files import ObjectFiles
 
@@ -186,7 +189,7 @@ def test_a_missing_file_is_named(store: Store) -> None:
 @pytest.mark.parametrize(
     ("number", "told"),
     [
-        (errno.ENOSPC, r"No space left on device \([\d,]+ bytes are free\); free some"),
+        (errno.ENOSPC, r"No space left on device \(7 bytes are needed, [\d,]+ are free in .*folder\); free some"),
         (errno.EROFS, "Read-only file system; expected a place where this user may write"),
         (errno.EACCES, "Permission denied; expected a place where this user may write"),
     ],
@@ -252,6 +255,26 @@ def test_a_killed_driver_does_not_hold_its_run(local: Store) -> None:
     kill(other)
     with hold_run(local, owner="me") as epoch:
         assert epoch == 2
+
+
+def test_whether_a_run_is_live_is_asked_without_a_trace(store: Store) -> None:
+    assert not run_is_held(store)
+    assert store.tree() == ()
+    with hold_run(store, owner="first"):
+        assert run_is_held(store)
+        assert current_epoch(store) == 1
+    assert not run_is_held(store)
+    assert current_epoch(store) == 1
+
+
+def test_a_tree_has_all_files_with_their_sizes_and_times(store: Store) -> None:
+    before = time.time()
+    for name, size in (("a/b/x", 3), ("a/.hidden", 2), ("y", 1)):
+        store.write_bytes(name, b"1" * size)
+    found = store.tree()
+    assert [(file.name, file.num_bytes) for file in found] == [("a/.hidden", 2), ("a/b/x", 3), ("y", 1)]
+    assert all(before - 2 <= file.modified_at <= time.time() + 2 for file in found)
+    assert [file.name for file in store.child("a").tree()] == [".hidden", "b/x"]
 
 
 def test_a_damaged_lease_is_told_and_never_gives_an_epoch_twice(local: Store) -> None:
@@ -339,9 +362,18 @@ def test_uses_are_one_file_a_run(store: Store) -> None:
     add_use(store, "runs/a")
     add_use(store, "runs/a")
     add_use(store, "s3://bucket/b")
-    names = store.child("uses").list_names()
-    runs = {json.loads(store.child("uses").read_bytes(name))["run"] for name in names}
-    assert runs == {os.path.abspath("runs/a"), "s3://bucket/b"}
+    uses = read_uses(store)
+    assert {use.run for use in uses} == {os.path.abspath("runs/a"), "s3://bucket/b"}
+    assert {use.host for use in uses} == {socket.gethostname()}
+    assert all(abs(use.at - time.time()) < 60 for use in uses)
     remove_use(store, os.path.abspath("runs/a"))
     remove_use(store, "runs/never")
     assert len(store.child("uses").list_names()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"run": "/x"}', b'{"run": "/x", "at": "soon"}', b"\xff"])
+def test_a_damaged_use_counts_as_one_of_an_unknown_run(store: Store, content: bytes) -> None:
+    store.child("uses").write_bytes("x.json", content)
+    (use,) = read_uses(store)
+    assert (use.run, use.host) == ("", "")
+    assert abs(use.at - time.time()) < 60

@@ -2,7 +2,7 @@
 
     store         `Store`, the one way to read and write files; every failure is a StorageError that names the file
     local_files   the same on a local (or network-mounted) folder: temporary name, fsync, rename
-    object_files  the same on a `pyarrow.fs` file system such as S3: one put, no rename
+    object_files  the same on a `pyarrow.fs` file system such as S3: collected here, uploaded whole; no rename
     file_systems  the file system of a URI, with our timeouts
     retries       begins again what a network broke off
     locks         one live run a run directory, one writer a boundary; the epoch that tells a new driver from an old one
@@ -12,8 +12,21 @@
 It must not know what the files hold.
 """
 
-from dcq_ray.storage.locks import current_epoch, hold_boundary, hold_run
+from dcq_ray.storage.local_files import StoredFile
+from dcq_ray.storage.locks import current_epoch, hold_boundary, hold_run, run_is_held
 from dcq_ray.storage.store import Store, open_store
-from dcq_ray.storage.uses import add_use, remove_use
+from dcq_ray.storage.uses import Use, add_use, read_uses, remove_use
 
-__all__ = ["Store", "add_use", "current_epoch", "hold_boundary", "hold_run", "open_store", "remove_use"]
+__all__ = [
+    "Store",
+    "StoredFile",
+    "Use",
+    "add_use",
+    "current_epoch",
+    "hold_boundary",
+    "hold_run",
+    "open_store",
+    "read_uses",
+    "remove_use",
+    "run_is_held",
+]

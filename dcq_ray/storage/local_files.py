@@ -18,6 +18,17 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 @dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file below a folder."""
+
+    name: str
+    """Relative, with / between parts."""
+    num_bytes: int
+    modified_at: float
+    """Seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
 class LocalFiles:
     """The files below one folder, which need not exist yet."""
 
@@ -64,6 +75,17 @@ class LocalFiles:
         except FileNotFoundError:
             return []
 
+    def tree(self) -> list[StoredFile]:
+        found = []
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                # What others delete meanwhile is not there any more.
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.lstat()
+                    found.append(StoredFile(path.relative_to(self.root).as_posix(), status.st_size, status.st_mtime))
+        return found
+
     def delete(self, name: str) -> None:
         self.path(name).unlink(missing_ok=True)
 
@@ -76,7 +98,7 @@ class LocalFiles:
             if name.startswith(TEMPORARY_PREFIX):
                 self.delete(name)
 
-    def free_bytes(self) -> int | None:
+    def free_bytes(self) -> int:
         folder = self.root
         while not folder.is_dir() and folder != folder.parent:
             folder = folder.parent

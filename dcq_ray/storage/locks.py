@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from dcq_ray.errors import RunBusyError
+from dcq_ray.errors import RunBusyError, StorageError
 from dcq_ray.records import to_json
 from dcq_ray.storage.leases import Lease, hold_lease, new_lease, next_epoch, read_lease, readable_lease
 from dcq_ray.storage.store import Store, explained
@@ -25,6 +25,8 @@ LEASE_FILE = "lease.json"
 _RUN_LOCK_FILE = "lease.lock"
 _BOUNDARY_LOCK_FILE = ".lock"
 POLL_SECONDS = 0.2
+# Whoever only asks whether a run is live holds its lock for a moment, too.
+MAX_RUN_LOCK_TRIES = 3
 
 
 def hold_run(store: Store, *, owner: str) -> AbstractContextManager[int]:
@@ -53,6 +55,28 @@ def current_epoch(store: Store) -> int:
     return 0 if lease is None else lease.epoch
 
 
+def run_is_held(store: Store) -> bool:
+    """Whether a live driver holds a run directory now; writes nothing there."""
+    if store.local_path(_RUN_LOCK_FILE) is None:
+        lease = read_lease(store, LEASE_FILE)
+        return lease is not None and (lease.expires_at or 0.0) > time.time()
+    try:
+        with explained(store, "lock", _RUN_LOCK_FILE):
+            descriptor = os.open(Path(store.files.path(_RUN_LOCK_FILE)), os.O_RDONLY)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return False
+        raise
+    try:
+        # Released by closing it: nobody inherited this descriptor.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def hold_boundary(
     store: Store, *, owner: str = "a run that dumps it", on_wait: Callable[[str], None] | None = None
 ) -> AbstractContextManager[None]:
@@ -70,8 +94,12 @@ def hold_boundary(
 
 @contextlib.contextmanager
 def _hold_run_locally(store: Store, owner: str) -> Iterator[int]:
-    with explained(store, "lock", _RUN_LOCK_FILE):
-        descriptor = _try_lock(Path(store.files.path(_RUN_LOCK_FILE)))
+    for _ in range(MAX_RUN_LOCK_TRIES):
+        with explained(store, "lock", _RUN_LOCK_FILE):
+            descriptor = _try_lock(Path(store.files.path(_RUN_LOCK_FILE)))
+        if descriptor is not None:
+            break
+        time.sleep(POLL_SECONDS / 4)
     if descriptor is None:
         raise _busy(store, readable_lease(store, LEASE_FILE), "")
     with _released(descriptor):

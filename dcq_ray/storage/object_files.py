@@ -21,6 +21,7 @@ from typing import BinaryIO, TypeVar, cast
 from pyarrow import fs
 
 from dcq_ray.storage.file_systems import as_os_error
+from dcq_ray.storage.local_files import StoredFile
 from dcq_ray.storage.retries import tried_again
 
 # Larger files are collected in the system's temporary folder.
@@ -68,6 +69,14 @@ class ObjectFiles:
     def list_names(self) -> list[str]:
         return [info.base_name for info in self._list()]
 
+    def tree(self) -> list[StoredFile]:
+        skipped = len(self.root.rstrip("/")) + 1 if self.root else 0
+        return [
+            StoredFile(info.path[skipped:], info.size or 0, info.mtime.timestamp() if info.mtime else 0.0)
+            for info in self._list(recursive=True)
+            if info.type == fs.FileType.File
+        ]
+
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             _tried(lambda: self.system.delete_file(self.path(name)))
@@ -109,8 +118,8 @@ class ObjectFiles:
             raise OSError("the answer to the question for its size broke off")
         return cast(int, infos[0].size)
 
-    def _list(self) -> list[fs.FileInfo]:
-        selector = fs.FileSelector(self.root, allow_not_found=True)
+    def _list(self, *, recursive: bool = False) -> list[fs.FileInfo]:
+        selector = fs.FileSelector(self.root, allow_not_found=True, recursive=recursive)
         found: list[fs.FileInfo] = _tried(lambda: self.system.get_file_info(selector))
         # An answer that broke off between its headers looks like an empty folder.
         return found or _tried(lambda: self.system.get_file_info(selector))

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from dcq_ray.errors import StorageError
 from dcq_ray.storage.file_systems import file_system, local_folder
-from dcq_ray.storage.local_files import LocalFiles
+from dcq_ray.storage.local_files import LocalFiles, StoredFile
 from dcq_ray.storage.object_files import ObjectFiles
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -63,13 +64,17 @@ class Store:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file whole or not at all, in place of an older one; makes the folders above it."""
-        with self.open_output(name) as output:
+        with self.open_output(name, num_bytes=len(content)) as output:
             output.write(content)
 
     @contextlib.contextmanager
-    def open_output(self, name: str) -> Iterator[BinaryIO]:
-        """A file to write in pieces, committed when the block ends; where it fails, an older file of that name stays."""
-        with self._explained("write", name), self.files.open_output(name) as output:
+    def open_output(self, name: str, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
+        """A file to write in pieces, committed when the block ends; where it fails, an older file of that name stays.
+
+        Args:
+            num_bytes: how large it will be, about, for the message where the disk is full.
+        """
+        with self._explained("write", name, num_bytes), self.files.open_output(name) as output:
             yield output
 
     def size(self, name: str) -> int | None:
@@ -86,6 +91,11 @@ class Store:
         """Names of the files and folders directly in this folder, sorted; none where the folder is missing."""
         with self._explained("list"):
             return sorted(name for name in self.files.list_names() if not name.startswith("."))
+
+    def tree(self) -> tuple[StoredFile, ...]:
+        """All files in this folder and below it, the store's own too; none where the folder is missing."""
+        with self._explained("list"):
+            return tuple(sorted(self.files.tree(), key=lambda file: file.name))
 
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is no error."""
@@ -121,15 +131,15 @@ class Store:
             )
 
     @contextlib.contextmanager
-    def _explained(self, action: str, name: str = "") -> Iterator[None]:
+    def _explained(self, action: str, name: str = "", num_bytes: int | None = None) -> Iterator[None]:
         if name:
             self._check(name)
-        with explained(self, action, name):
+        with explained(self, action, name, num_bytes):
             yield
 
 
 @contextlib.contextmanager
-def explained(store: Store, action: str, name: str = "") -> Iterator[None]:
+def explained(store: Store, action: str, name: str = "", num_bytes: int | None = None) -> Iterator[None]:
     """Turn an OSError of the block into a StorageError that names the file, the reason and what to do."""
     try:
         yield
@@ -139,8 +149,11 @@ def explained(store: Store, action: str, name: str = "") -> Iterator[None]:
         if isinstance(error, FileNotFoundError) and action == "read":
             raise StorageError(f"{where}: there is no such file") from error
         if error.errno in _FULL:
+            # What is written to an object store is collected on this machine first.
+            full = store.files if isinstance(store.files, LocalFiles) else LocalFiles(Path(tempfile.gettempdir()))
+            needed = "" if num_bytes is None else f"{num_bytes:,} bytes are needed, "
             with contextlib.suppress(OSError):
-                reason += f" ({store.files.free_bytes() or 0:,} bytes are free)"
+                reason += f" ({needed}{full.free_bytes():,} are free in {full.root})"
             remedy = "; free some, or name another folder"
         elif error.errno in _FORBIDDEN:
             remedy = f"; expected a place where this user may {action}: change its rights, or name another folder"
