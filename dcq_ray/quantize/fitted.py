@@ -53,8 +53,8 @@ def fit_weights(
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
-    Layers that are fitted: Conv2d and Linear of at most 4 bits and 600,000 weights. A layer's new levels are kept only where they are better on
-    the very images. Biases take up the change of the mean; what a BatchNorm follows may have any scale.
+    Layers that are fitted: Conv2d and Linear of at most 4 bits and 600,000 weights. A layer's new levels are kept only where
+    they are better on the very images. Biases take up the change of the mean; what a BatchNorm follows may have any scale.
 
     Args:
         student: the teacher with quantizers on it (`put_quantizers`); BatchNorm runs on batch statistics meanwhile.
