@@ -96,7 +96,7 @@ class TrainSpec(OptimizerSpec):
     start: Literal["nearest", "fitted"] = "fitted"
     """nearest: quantized weights start at the levels nearest to the teacher's; fitted: at those that least squares on
     `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits and
-    600,000 weights)."""
+    150,000 weights)."""
     start_samples: PositiveInt = 256
     """start: fitted only. Train images on which the start is fitted."""
     inputs: Literal["teacher", "student"] = "teacher"

@@ -29,7 +29,7 @@ PLACES_PER_IMAGE = 64
 # At many bits rounding costs too little to be made good.
 MAX_FITTED_BITS = 4
 # Larger layers take longer to fit than to train, so they start at the nearest levels. A fit of so many weights takes seconds.
-MAX_FITTED_WEIGHTS = 600_000
+MAX_FITTED_WEIGHTS = 150_000
 # Added to the diagonal of the moments, as a share of its mean: few images leave directions unseen.
 RIDGE = 1e-4
 
@@ -53,7 +53,7 @@ def fit_weights(
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
-    Layers that are fitted: Conv2d and Linear of at most 4 bits and 600,000 weights. A layer's new levels are kept only where
+    Layers that are fitted: Conv2d and Linear of at most 4 bits and 150,000 weights. A layer's new levels are kept only where
     they are better on the very images. Biases take up the change of the mean; what a BatchNorm follows may have any scale.
 
     Args:
