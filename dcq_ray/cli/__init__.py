@@ -11,6 +11,7 @@ import traceback
 import click
 
 from dcq_ray.cli.baseline import baseline
+from dcq_ray.cli.gc import gc
 from dcq_ray.cli.inspect import evaluate, ls, report, schema, status
 from dcq_ray.cli.prepare import plan, teacher
 from dcq_ray.cli.run import run
@@ -29,7 +30,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, teacher, baseline, report, status, ls, evaluate, schema):
+for _command in (run, plan, teacher, baseline, report, status, ls, evaluate, schema, gc):
     cli.add_command(_command)
 
 

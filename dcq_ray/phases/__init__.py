@@ -7,6 +7,7 @@ actor. The run directory is the state: a step whose valid result lies there is n
 """
 
 from dcq_ray.phases.checkpoints import checkpoint_positions
+from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.gate import accuracy_drop, check_gate
@@ -32,12 +33,16 @@ from dcq_ray.phases.stream_saving import restart_tick, saved_tick
 from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
 
 __all__ = [
+    "FIT_DAYS",
+    "UNSEEN_DAYS",
+    "Collected",
     "DumpedSlice",
     "Emit",
     "Finished",
     "Network",
     "Prediction",
     "Prepared",
+    "Rules",
     "RunSession",
     "SaveRequest",
     "StopRequest",
@@ -49,6 +54,7 @@ __all__ = [
     "checkpoint_positions",
     "checkpoint_store",
     "choose_device",
+    "collect",
     "dump_slices",
     "finish",
     "ignore_progress",

@@ -146,7 +146,8 @@ def lease_boundaries(context: RunContext) -> None:
 
 
 def release_boundaries(context: RunContext) -> None:
-    """Say that this run needs its boundaries no longer; they stay for others until they are collected."""
+    """Say that this run needs its boundaries and the cache no longer; they stay for others until they are collected."""
+    remove_use(open_store(context.cache_dir), context.run_dir)
     for boundary in all_boundaries(context):
         remove_use(boundary_store(context, boundary), context.run_dir)
 

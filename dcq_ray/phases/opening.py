@@ -39,7 +39,7 @@ from dcq_ray.records import (
     to_json,
 )
 from dcq_ray.spec import Job
-from dcq_ray.storage import Store, hold_run, open_store
+from dcq_ray.storage import Store, add_use, hold_run, open_store
 
 PLAN_FILE = "plan.json"
 JOB_FILE = "job.yaml"
@@ -71,6 +71,8 @@ def open_run(
     with hold_run(store, owner=owner) as epoch:
         if fresh:
             clear_run(store)
+        # Before it looks for a teacher there: gc leaves teachers to runs that it knows of.
+        add_use(open_store(job.storage.cache_dir), store.uri)
         status = StatusFile(store, job.name)
 
         def tell(progress: Progress) -> None:
