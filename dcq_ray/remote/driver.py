@@ -30,7 +30,7 @@ from dcq_ray.records import (
     SectionResult,
 )
 from dcq_ray.remote.attempts import Attempts, plain_interrupts
-from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
+from dcq_ray.remote.cluster import Share, check_shared, connected, node_resources, section_share
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
 from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, unwrapped
@@ -59,6 +59,7 @@ def run_remote(
     """
     with connected(address, environment=environment, log_to_driver=log_to_driver) as phrase:
         share = section_share(job, job.sections.count or 1, node_resources())
+        check_shared((job.storage.run_dir, job.storage.cache_dir))
         device = _cluster_device(share)
         say(f"running on {phrase}: {share.places} sections at once on {device.type}")
         opened = open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh)
