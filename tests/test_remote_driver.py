@@ -87,4 +87,5 @@ def test_a_run_whose_drivers_were_killed_and_terminated_gives_the_undisturbed_st
     report = json.loads((run_dir / "report.json").read_text())
     assert undisturbed.student is not None
     assert report["student"]["sha256"] == undisturbed.student.sha256
-    assert max(section["restarts"] for section in report["sections"]) >= 2
+    # Which sections the second driver had finished is a matter of speed; one at least went on from a checkpoint.
+    assert max(section["restarts"] for section in report["sections"]) >= 1
