@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 
 import pytest
 from conftest import s3_options
 from s3_server import FaultyNetwork
 
 from dcq_ray.errors import StorageError
-from dcq_ray.storage import Store, file_systems, hold_run, open_store, retries
+from dcq_ray.storage import Store, file_systems, hold_run, leases, open_store, retries
 
 
 @pytest.fixture
@@ -66,6 +67,44 @@ def test_an_upload_whose_later_part_fails_leaves_the_older_file(
         faulty.write_bytes("f", bytes(12 * 1024**2))
     assert any("partNumber=2" in path for _, path in faulty_network.requests)
     assert open_store(s3_uri).read_bytes("f") == b"older"
+
+
+def test_a_lease_that_cannot_be_read_is_not_taken_for_a_free_one(
+    faulty: Store, faulty_network: FaultyNetwork, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
+    straight = open_store(s3_uri)
+    with hold_run(straight, owner="first"):
+        before = straight.read_bytes("lease.json")
+        faulty_network.decide = lambda number, method, path: "refuse" if method in ("HEAD", "GET") else None
+        with pytest.raises(StorageError, match=r"lease\.json.*cannot read"), hold_run(faulty, owner="second"):
+            pass
+        assert straight.read_bytes("lease.json") == before
+
+
+def test_a_lease_outlives_a_network_that_fails_for_a_while(
+    faulty: Store, faulty_network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 0.05)
+    monkeypatch.setattr(retries, "MAX_TRIES", 1)
+    renewed = threading.Event()
+
+    def decide(number: int, method: str, path: str) -> str | None:
+        if number < start + 3:
+            return "drop"
+        if method == "PUT":
+            renewed.set()
+        return None
+
+    with hold_run(faulty, owner="first"):
+        start = len(faulty_network.requests)
+        faulty_network.decide = decide
+        assert renewed.wait(20)
+        faulty_network.decide = lambda number, method, path: None
+    told = [record.getMessage() for record in caplog.records]
+    assert any("could not be renewed" in message for message in told)
+    assert not any("taken this lease over" in message for message in told)
 
 
 def test_a_bucket_that_is_not_there_is_told_at_once(s3_uri: str, s3_port: int) -> None:

@@ -1,6 +1,7 @@
 """Leases: the small JSON files that say who holds a lock, and locks that are made of nothing but such a file.
 
-Object stores have no locks, so there a lease expires unless its holder renews it. What that does not promise:
+Object stores have no locks, and pyarrow 26 writes to none of them on a condition (it drops an If-None-Match without a
+word), so there a lease expires unless its holder renews it. What that does not promise:
 
 - Clocks of the machines must agree to within a few seconds, since the expiry is a time of day.
 - Two who start within the same moment both write, wait, and read whose file stayed; where one was delayed for longer than
@@ -86,10 +87,12 @@ def readable_lease(store: Store, name: str) -> Lease | None:
 
 
 def next_epoch(store: Store, name: str) -> int:
-    """The epoch of the next holder: larger than all before."""
+    """The epoch of the next holder: larger than all before; raises StorageError where the file cannot be read."""
     try:
         lease = read_lease(store, name)
-    except StorageError:
+    except StorageError as error:
+        if not _is_damage(error):
+            raise
         # A damaged file does not say which epochs were given. The time of day is larger than any count that began at 1,
         # and than any that an earlier damage made begin at an earlier time.
         return int(time.time())
@@ -127,7 +130,7 @@ class _Mine:
 
 def _try_lease(store: Store, name: str, owner: str) -> Lease | _Mine:
     """Take a lease that nobody holds; else the one that another holds."""
-    found = readable_lease(store, name)
+    found = _undamaged_lease(store, name)
     if found is not None and found.expires_at is not None and found.expires_at > time.time():
         return found
     mine = replace(
@@ -135,12 +138,26 @@ def _try_lease(store: Store, name: str, owner: str) -> Lease | _Mine:
     )
     store.write_bytes(name, to_json(mine))
     time.sleep(SETTLE_SECONDS)
-    winner = readable_lease(store, name)
+    winner = _undamaged_lease(store, name)
     return _Mine(mine) if winner is None or winner.token == mine.token else winner
 
 
+def _undamaged_lease(store: Store, name: str) -> Lease | None:
+    """As `readable_lease`, but raises StorageError where the storage fails: what cannot be read may well be held."""
+    try:
+        return read_lease(store, name)
+    except StorageError as error:
+        if not _is_damage(error):
+            raise
+        return None
+
+
+def _is_damage(error: StorageError) -> bool:
+    return isinstance(error.__cause__, ValueError)
+
+
 def _is_mine(store: Store, name: str, mine: Lease) -> bool:
-    found = readable_lease(store, name)
+    found = _undamaged_lease(store, name)
     return found is not None and found.token == mine.token
 
 

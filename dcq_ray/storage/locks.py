@@ -1,7 +1,8 @@
 """Locks: one live run a run directory, one writer a boundary.
 
 In a local or network-mounted folder the operating system keeps the lock (flock) and releases it when its holder dies, by
-kill -9 too; a file beside it says who holds it. Elsewhere a lock is an expiring lease: see `leases` for what that does not
+kill -9 too; between machines it holds as far as the mount passes flock on (NFS does since Linux 2.6.12, unless it is mounted
+with local_lock). A file beside it says who holds it. Elsewhere a lock is an expiring lease: see `leases` for what that does not
 promise. A program that a holder starts does not inherit the lock; a process that it forks without exec does, and holds it
 on when the holder is killed.
 """
