@@ -9,9 +9,11 @@ by which an interrupted dump goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,9 +22,11 @@ from numpy.typing import NDArray
 
 from dcq_ray.errors import ShardError, StorageError
 from dcq_ray.records import FORMAT_VERSION, ShardInfo, ShardManifest, from_json, to_json
-from dcq_ray.storage import Store
+from dcq_ray.storage import Copies, Store, copied, local_copies
 
 MAX_SAMPLES_PER_SHARD = 1024
+# Of a boundary that is not on this machine: more than the shards within which training shuffles.
+MAX_OPEN_REMOTE_SHARDS = 16
 MANIFEST_FILE = "manifest.json"
 COLUMN = "activation"
 FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -102,7 +106,7 @@ def load_manifest(store: Store, *, digest: str) -> ShardManifest | None:
     content = store.read_bytes_or_none(MANIFEST_FILE)
     if content is None:
         return None
-    where = f"{store.uri}/{MANIFEST_FILE}"
+    where = store.location(MANIFEST_FILE)
     try:
         manifest = from_json(ShardManifest, _unsealed(content))
     except ValueError as error:
@@ -113,24 +117,25 @@ def load_manifest(store: Store, *, digest: str) -> ShardManifest | None:
             f"it is of boundary {manifest.digest[:12]}, format {manifest.format_version}; expected {digest[:12]}, "
             f"format {FORMAT_VERSION}",
         )
+    sizes = {file.name: file.num_bytes for file in store.tree()}
     for shard in manifest.shards:
-        size = store.size(shard.file_name)
+        size = sizes.get(shard.file_name)
         if size != shard.num_bytes:
             got = "is missing" if size is None else f"has {size:,} bytes, expected {shard.num_bytes:,}"
-            raise _damaged(f"{store.uri}/{shard.file_name}", f"it {got}")
+            raise _damaged(store.location(shard.file_name), f"it {got}")
     return manifest
 
 
 class BoundaryReader:
     """Rows of a boundary by position; what it gives are fresh, writable copies."""
 
-    def __init__(self, parts: Sequence[Array], shape: tuple[int, ...], stack: contextlib.ExitStack) -> None:
-        self._parts = list(parts)
+    def __init__(self, manifest: ShardManifest, open_part: Callable[[int], Array], stack: contextlib.ExitStack) -> None:
+        self._open_part = open_part
         self._stack = stack
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._ends = np.cumsum([shard.num_samples for shard in manifest.shards])
         self.num_samples = int(self._ends[-1])
-        self.shape = shape
-        self.dtype = parts[0].dtype
+        self.shape = manifest.shape
+        self.dtype = np.dtype(manifest.dtype)
 
     def read(self, positions: NDArray[np.int64]) -> Array:
         """The rows [B, ...] at positions [B], in the stored dtype; raises IndexError outside 0 … num_samples - 1."""
@@ -142,13 +147,12 @@ class BoundaryReader:
         owners = np.searchsorted(self._ends, positions, side="right")
         for owner in np.unique(owners):
             chosen = owners == owner
-            part = self._parts[owner]
+            part = self._open_part(int(owner))
             rows[chosen] = part[positions[chosen] - (self._ends[owner] - len(part))]
         return rows
 
     def close(self) -> None:
         """Let go of the files; the reader gives nothing afterwards."""
-        self._parts.clear()
         self._stack.close()
 
     def __enter__(self) -> BoundaryReader:
@@ -161,12 +165,28 @@ class BoundaryReader:
 def open_boundary(store: Store, manifest: ShardManifest, *, verify: bool = True) -> BoundaryReader:
     """Open a boundary for reading: memory maps where the storage is local and uncompressed, else in memory.
 
+    Of a boundary elsewhere a few shards are open at a time: maps of local copies (`storage.copies`) where there is room.
+
     Raises:
         ShardError: a shard is missing, damaged, or another's; it is named.
+        StorageError: a shard elsewhere cannot be read now.
     """
     with contextlib.ExitStack() as stack:
-        parts = [_open_shard(store, manifest, shard, stack, verify) for shard in manifest.shards]
-        return BoundaryReader(parts, manifest.shape, stack.pop_all())
+        if store.local_path(MANIFEST_FILE) is not None:
+            parts = [_open_shard(store, manifest, shard, stack, verify, None) for shard in manifest.shards]
+            stack.callback(parts.clear)
+            return BoundaryReader(manifest, parts.__getitem__, stack.pop_all())
+        copies = local_copies(os.environ)
+
+        def open_part(index: int) -> Array:
+            return _open_shard(store, manifest, manifest.shards[index], stack, verify, copies)
+
+        cached = functools.lru_cache(maxsize=MAX_OPEN_REMOTE_SHARDS)(open_part)
+        stack.callback(cached.cache_clear)
+        # All are looked at before anybody trains on them; from the last, so that the first are open when training begins.
+        for index in reversed(range(len(manifest.shards))):
+            cached(index)
+        return BoundaryReader(manifest, cached, stack.pop_all())
 
 
 def sample_order(num_samples: int, *, window: int, seed: int, section: int, epoch: int) -> NDArray[np.int64]:
@@ -181,7 +201,7 @@ def sample_order(num_samples: int, *, window: int, seed: int, section: int, epoc
 
 
 def _checked(store: Store, index: int, array: Array, dtype: str) -> Array:
-    where = f"{store.uri}/{shard_name(index)}"
+    where = store.location(shard_name(index))
     if len(array) == 0:
         raise ShardError(f"{where}: a shard needs at least one sample")
     finite = np.isfinite(array)
@@ -200,16 +220,35 @@ def _checked(store: Store, index: int, array: Array, dtype: str) -> Array:
     return array.astype(dtype)
 
 
-def _open_shard(
-    store: Store, manifest: ShardManifest, shard: ShardInfo, stack: contextlib.ExitStack, verify: bool
-) -> Array:
-    where = f"{store.uri}/{shard.file_name}"
+def _buffer(store: Store, shard: ShardInfo, stack: contextlib.ExitStack, copies: Copies | None) -> pa.Buffer:
+    """The bytes of a shard; the map of a local file is closed with the stack, that of a copy lives as long as the buffer."""
     path = store.local_path(shard.file_name)
+    if path is None and copies is not None:
+        path = copied(copies, store, shard.file_name, sha256=shard.sha256, num_bytes=shard.num_bytes)
+        # Another process may just have removed it.
+        with contextlib.suppress(FileNotFoundError):
+            if path is not None:
+                return pa.memory_map(str(path), "r").read_buffer()
+        path = None
+    if path is None:
+        content = store.read_bytes_or_none(shard.file_name)
+        if content is None:
+            raise FileNotFoundError("it is missing")
+        return pa.py_buffer(content)
+    return stack.enter_context(pa.memory_map(str(path), "r")).read_buffer()
+
+
+def _open_shard(
+    store: Store,
+    manifest: ShardManifest,
+    shard: ShardInfo,
+    stack: contextlib.ExitStack,
+    verify: bool,
+    copies: Copies | None,
+) -> Array:
+    where = store.location(shard.file_name)
     try:
-        if path is None:
-            buffer = pa.py_buffer(store.read_bytes(shard.file_name))
-        else:
-            buffer = stack.enter_context(pa.memory_map(str(path), "r")).read_buffer()
+        buffer = _buffer(store, shard, stack, copies)
         if verify and hashlib.sha256(buffer).hexdigest() != shard.sha256:
             raise _damaged(where, "its bytes are not those that were written (sha256 differs)")
         table = pa.ipc.open_file(buffer)
@@ -217,9 +256,7 @@ def _open_shard(
         if metadata.get(b"digest") != manifest.digest.encode() or metadata.get(b"index") != str(shard.index).encode():
             raise _damaged(where, "it is a shard of another boundary, or of another place")
         rows: Array = table.get_batch(0).column(COLUMN).to_numpy_ndarray()
-    except (pa.ArrowException, OSError, StorageError, KeyError) as error:
-        if isinstance(error, ShardError):
-            raise
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise _damaged(where, f"it cannot be read ({str(error).splitlines()[0]})") from error
     if len(rows) != shard.num_samples or rows.dtype != np.dtype(manifest.dtype):
         raise _damaged(

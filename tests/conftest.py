@@ -115,6 +115,14 @@ def s3_options(port: int) -> str:
     return f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Local copies of remote files go where the tests' other files go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DCQ_LOCAL_CACHE", str(tmp_path_factory.mktemp("copies")))
+        yield
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB of its own; skips where this user may not mount one."""

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import s3_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from s3_server import FaultyNetwork
 
-from dcq_ray.errors import ShardError
+from dcq_ray import shards
+from dcq_ray.errors import ShardError, StorageError
 from dcq_ray.records import ShardManifest
 from dcq_ray.shards import (
     commit_manifest,
@@ -22,7 +25,7 @@ from dcq_ray.shards import (
     samples_per_shard,
     write_shard,
 )
-from dcq_ray.storage import Store, open_store
+from dcq_ray.storage import Store, open_store, retries
 
 DIGEST = "d" * 64
 
@@ -180,6 +183,49 @@ def test_positions_outside_are_refused(tmp_path: Path) -> None:
         for positions in ([-1], [5]):
             with pytest.raises(IndexError):
                 reader.read(np.array(positions))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("max_bytes", ["", "0", "1500"])
+def test_a_boundary_elsewhere_is_read_through_copies_and_without_them(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str, max_bytes: str
+) -> None:
+    monkeypatch.setenv("DCQ_LOCAL_CACHE", str(tmp_path / "copies"))
+    monkeypatch.setenv("DCQ_LOCAL_CACHE_BYTES", max_bytes)
+    # Fewer than the shards, so that some are opened again.
+    monkeypatch.setattr(shards, "MAX_OPEN_REMOTE_SHARDS", 2)
+    store = open_store(s3_uri)
+    array = np.random.default_rng(0).normal(size=(19, 5)).astype(np.float32)
+    written = write_boundary(store, array, compression=compression)
+    manifest = load_manifest(store, digest=DIGEST)
+    assert manifest == written
+    order = np.random.default_rng(1).permutation(19)
+    with open_boundary(store, manifest) as reader:
+        rows = reader.read(order)
+        assert np.array_equal(rows, array[order])
+        rows += 1
+        assert np.array_equal(reader.read(order[::-1]), array[order[::-1]])
+    kept = [path for path in (tmp_path / "copies").glob("*") if len(path.name) == 64]
+    assert len(kept) == {"": 5, "0": 0, "1500": 1500 // max(shard.num_bytes for shard in written.shards)}[max_bytes]
+
+
+def test_a_damaged_shard_elsewhere_is_told_from_a_network_that_fails(
+    s3_uri: str, faulty_network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "MAX_TRIES", 1)
+    store = open_store(s3_uri)
+    manifest = write_boundary(store, np.random.default_rng(7).normal(size=(8, 5)).astype(np.float32))
+    faulty_network.decide = lambda number, method, path: "refuse" if "shard-00001.arrow" in path else None
+    with pytest.raises(StorageError, match=r"shard-00001\.arrow.*cannot read: .*503") as caught:
+        open_boundary(open_store(f"{s3_uri.partition('?')[0]}?{s3_options(faulty_network.port)}"), manifest)
+    # Nobody may take the boundary for damaged because of that.
+    assert not isinstance(caught.value, ShardError)
+    store.write_bytes("shard-00001.arrow", bytes(manifest.shards[1].num_bytes))
+    with pytest.raises(ShardError, match=r"shard-00001\.arrow.*sha256 differs"):
+        open_boundary(store, manifest)
+    store.delete("shard-00001.arrow")
+    with pytest.raises(ShardError, match=r"shard-00001\.arrow.*is missing"):
+        open_boundary(store, manifest)
 
 
 def test_shards_hold_whole_batches() -> None:
