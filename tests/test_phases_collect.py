@@ -109,6 +109,7 @@ def test_a_use_said_just_now_counts_before_its_run_has_written_anything(cache: S
     assert one.removed
 
 
+@pytest.mark.parametrize("cache", ["local"], indirect=True)
 @pytest.mark.parametrize("host", ["another-machine", ""])
 def test_a_run_in_a_folder_of_another_machine_counts_until_it_is_old(cache: Store, host: str) -> None:
     use_of(cache, "/nowhere/runs/x", host=host, days=29)
@@ -121,10 +122,12 @@ def test_a_run_in_a_folder_of_another_machine_counts_until_it_is_old(cache: Stor
     assert "29 days ago" in one.reason
 
 
+@pytest.mark.parametrize("cache", ["local"], indirect=True)
 def test_a_run_whose_storage_does_not_answer_counts_until_it_is_old(
     cache: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dcq_ray.storage.retries.MAX_TRIES", 1)
+    monkeypatch.setattr("dcq_ray.storage.file_systems.MAX_REQUEST_ATTEMPTS", 1)
     use_of(cache, "s3://bucket/run?endpoint_override=127.0.0.1:1&scheme=http&region=us-east-1", days=1)
     (one,) = collected(cache)
     assert not one.removed

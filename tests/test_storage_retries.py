@@ -48,10 +48,13 @@ def test_a_network_that_fails_now_and_then_changes_nothing(
     assert {name: straight.read_bytes(name) for name in contents} == contents
 
 
-def test_a_network_that_says_nothing_is_given_up_and_named(faulty: Store, faulty_network: FaultyNetwork) -> None:
+def test_a_network_that_says_nothing_is_given_up_and_named(
+    faulty: Store, faulty_network: FaultyNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "MAX_TRIES", 2)
     faulty.write_bytes("f", b"content")
     faulty_network.decide = lambda number, method, path: "hang" if method == "GET" and number < 12 else None
-    with pytest.raises(StorageError, match=r"runs/f.*: cannot read: .*tried 4 times"):
+    with pytest.raises(StorageError, match=r"runs/f.*: cannot read: .*tried 2 times"):
         faulty.read_bytes("f")
     faulty_network.decide = lambda number, method, path: None
     assert faulty.read_bytes("f") == b"content"
@@ -59,11 +62,12 @@ def test_a_network_that_says_nothing_is_given_up_and_named(faulty: Store, faulty
 
 @pytest.mark.parametrize("fault", ["cut-request", "drop", "refuse"])
 def test_an_upload_whose_later_part_fails_leaves_the_older_file(
-    faulty: Store, faulty_network: FaultyNetwork, s3_uri: str, fault: str
+    faulty: Store, faulty_network: FaultyNetwork, s3_uri: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(retries, "MAX_TRIES", 2)
     faulty.write_bytes("f", b"older")
     faulty_network.decide = lambda number, method, path: fault if "partNumber=2" in path else None
-    with pytest.raises(StorageError, match=r"runs/f.*: cannot write: .*tried 4 times"):
+    with pytest.raises(StorageError, match=r"runs/f.*: cannot write: .*tried 2 times"):
         faulty.write_bytes("f", bytes(12 * 1024**2))
     assert any("partNumber=2" in path for _, path in faulty_network.requests)
     assert open_store(s3_uri).read_bytes("f") == b"older"
