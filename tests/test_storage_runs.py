@@ -53,7 +53,10 @@ def test_a_run_on_an_object_store_gives_the_student_of_one_on_a_disk(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_ray_runs_on_an_object_store_too(job_document: dict[str, Any], tmp_path: Path, s3_uri: str) -> None:
+def test_ray_runs_on_an_object_store_too(
+    job_document: dict[str, Any], tmp_path: Path, s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
     report = run_remote(
         job_in(job_document, s3_uri),
         str(tmp_path),
