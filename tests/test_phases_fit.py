@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import Killed, killed
 from torch import Tensor
 
 from dcq_ray.callables import importable_from
@@ -45,10 +44,6 @@ RECIPES = {
     "sgd": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-3, "crop_padding": 1, "warmup_epochs": 0.5},
 }
 WRITES_OF_A_CHECKPOINT = 2
-
-
-class Killed(BaseException):
-    """Ends a fit as a kill does: nothing catches it."""
 
 
 @dataclass
@@ -101,23 +96,6 @@ def start_of(job: Job, folder: Path) -> Teacher:
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
         return load_teacher(job.teacher, job_folder=str(folder))
-
-
-@contextlib.contextmanager
-def killed(at_write: int) -> Iterator[None]:
-    """Kill whatever begins to write its file of that number, from 0."""
-    count, open_output = 0, LocalFiles.open_output
-
-    def counting(files: LocalFiles, name: str) -> Any:
-        nonlocal count
-        if count == at_write:
-            raise Killed
-        count += 1
-        return open_output(files, name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalFiles, "open_output", counting)
-        yield
 
 
 @pytest.fixture

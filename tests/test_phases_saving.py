@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import Killed, killed
 
 from dcq_ray.errors import StaleRunError
 from dcq_ray.jobfile import resolve_job
@@ -31,32 +31,9 @@ from dcq_ray.phases.train import section_weights
 from dcq_ray.records import Boundary, Progress, RunContext, SectionResult, SectionTask
 from dcq_ray.section import TrainingState
 from dcq_ray.storage import current_epoch, hold_run, open_store
-from dcq_ray.storage.local_files import LocalFiles
 
 CPU = torch.device("cpu")
 WRITES_OF_A_CHECKPOINT = 2
-
-
-class Killed(BaseException):
-    """Ends a training as a kill does: nothing catches it."""
-
-
-@contextlib.contextmanager
-def killed(at_write: int, *, section: int) -> Iterator[None]:
-    """Kill whatever begins to write the file of that number, from 0, of a section's checkpoints."""
-    count, open_output = 0, LocalFiles.open_output
-
-    def counting(files: LocalFiles, name: str) -> Any:
-        nonlocal count
-        if f"sections/{section:02d}/checkpoints" in str(files.root):
-            if count == at_write:
-                raise Killed
-            count += 1
-        return open_output(files, name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalFiles, "open_output", counting)
-        yield
 
 
 @pytest.fixture
@@ -230,7 +207,7 @@ def test_a_section_killed_anywhere_goes_on_to_the_same_result(
     broken = document_of(job_document, tmp_path / "broken", **train)
     # Three epochs of ten steps: killed in the midst of the second's checkpoint, at an epoch's end, and after almost all.
     for at_write in (3, 20, 56):
-        with killed(at_write, section=1), pytest.raises(Killed):
+        with killed(at_write, inside="sections/01/checkpoints"), pytest.raises(Killed):
             run(broken, tmp_path)
         events: list[Progress] = []
         run(broken, tmp_path, events)
@@ -250,7 +227,7 @@ def test_a_section_killed_again_and_again_and_with_a_damaged_checkpoint(
     whole, broken = (document_of(job_document, tmp_path / name) for name in ("whole", "broken"))
     run(whole, tmp_path)
     for _ in range(3):
-        with killed(6, section=0), pytest.raises(Killed):
+        with killed(6, inside="sections/00/checkpoints"), pytest.raises(Killed):
             run(broken, tmp_path)
     files = sorted((tmp_path / "broken" / "sections" / "00").rglob("*.safetensors"))
     assert [int(file.name.partition("-")[0]) for file in files] == [8, 9]
@@ -279,7 +256,7 @@ def test_a_stream_killed_anywhere_goes_on_where_all_sections_were_saved(
     # 30 steps each, begun at ticks 0, 6 and 12. Killed while section 1 saves, when section 0 has saved the tick already:
     # before section 2 has begun, amid all, and after section 0 has ended, which then only passes activations on.
     for num_saved, resumed_after in ((2, {0: 8, 1: 2}), (20, {0: 26, 1: 20, 2: 14}), (27, {1: 27, 2: 21})):
-        with killed(num_saved * WRITES_OF_A_CHECKPOINT, section=1), pytest.raises(Killed):
+        with killed(num_saved * WRITES_OF_A_CHECKPOINT, inside="sections/01/checkpoints"), pytest.raises(Killed):
             run(broken, tmp_path)
         events: list[Progress] = []
         run(broken, tmp_path, events)
@@ -297,7 +274,7 @@ def test_a_stream_of_which_no_tick_is_whole_begins_anew(
     student = {"inputs": "student", "stagger": 0.4}
     whole, broken = (document_of(job_document, tmp_path / name, **student) for name in ("whole", "broken"))
     run(whole, tmp_path)
-    with killed(10 * WRITES_OF_A_CHECKPOINT, section=2), pytest.raises(Killed):
+    with killed(10 * WRITES_OF_A_CHECKPOINT, inside="sections/02/checkpoints"), pytest.raises(Killed):
         run(broken, tmp_path)
     # Sections 0 and 1 have ticks 22 and 23, section 2 has 21 and 22.
     files = sorted((tmp_path / "broken" / "sections" / "02").rglob("*.safetensors"))

@@ -133,7 +133,7 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     folder, _, name = run.rpartition("/") if run.endswith(".safetensors") else (run, "", "student.safetensors")
     store = open_store(folder or ".")
     job = read_run_job(store.read_bytes("job.yaml"), f"{folder}/job.yaml", overrides)
-    source = f"{store.uri}/{name}"
+    source = store.location(name)
     state = state_from_bytes(store.read_bytes(name), source=source)
     # The job's own folder is not recorded; its modules must be importable from here.
     module = build_network(job.teacher, job_folder=str(Path.cwd()))

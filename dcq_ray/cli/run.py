@@ -169,7 +169,7 @@ def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"]
         click.echo(report_json(report))
         return
     print_report(report, Console())
-    click.echo(f"\nstudent  {store.uri}/student.safetensors\nreport   {store.uri}/report.html")
+    click.echo(f"\nstudent  {store.location('student.safetensors')}\nreport   {store.location('report.html')}")
 
 
 def _publish(job: Job, target: str) -> None:

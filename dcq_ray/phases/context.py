@@ -75,7 +75,7 @@ def save_teacher(cache: Store, teacher: Teacher) -> None:
 def open_teacher(cache: Store, sha256: str, module: nn.Module, model: str) -> Teacher:
     """The teacher with that digest: the cache's weights in a freshly built module; raises TeacherError otherwise."""
     store = teacher_store(cache, sha256)
-    source = f"{store.uri}/{WEIGHTS_FILE}"
+    source = store.location(WEIGHTS_FILE)
     try:
         content = store.read_bytes(WEIGHTS_FILE)
     except StorageError as error:

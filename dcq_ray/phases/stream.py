@@ -180,7 +180,8 @@ class _Trainee:
         if result is not None:
             self._module: nn.Module = trained_section(context, result, network).to(device)
             return
-        self._module = student_section(context, task.index, network, self._views[0][0], device)
+        resumed = saver.start is not None
+        self._module = student_section(context, task.index, network, self._views[0][0], device, resumed=resumed)
         self._training = Training(
             self._module,
             settings=job.train,

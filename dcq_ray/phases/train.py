@@ -103,7 +103,7 @@ def finished_section(context: RunContext, task: SectionTask) -> SectionResult | 
 def section_weights(context: RunContext, result: SectionResult) -> dict[str, Tensor]:
     """The trained state of a section under the teacher's names; raises StorageError where it is damaged."""
     store = section_store(context, result.index).child(result.attempt)
-    source = f"{store.uri}/{WEIGHTS_FILE}"
+    source = store.location(WEIGHTS_FILE)
     try:
         state = state_from_bytes(store.read_bytes(WEIGHTS_FILE), source=source)
     except StorageError:
@@ -159,7 +159,7 @@ def train_section(
     with contextlib.ExitStack() as stack:
         views = open_views(context, task.index, splits, device, memory_bytes, stack)
         inputs = views[0][0]
-        module = student_section(context, task.index, network, inputs, device)
+        module = student_section(context, task.index, network, inputs, device, resumed=saver.start is not None)
         batch_size = min(job.train.batch_size, inputs.num_samples)
         steps_per_epoch = inputs.num_samples // batch_size
         window = SHARDS_PER_WINDOW * samples_per_shard(job.data.batch_size)
@@ -213,16 +213,19 @@ def train_section(
 
 
 def student_section(
-    context: RunContext, index: int, network: Network, inputs: Source, device: torch.device
+    context: RunContext, index: int, network: Network, inputs: Source, device: torch.device, *, resumed: bool
 ) -> GraphModule:
-    """A section with its quantizers where they start: on the teacher's weights, or fitted to them, and its first inputs."""
+    """A section with its quantizers where they start: on the teacher's weights, or fitted to them, and its first inputs.
+
+    `resumed`: a state of the training is loaded afterwards, so there is nothing to fit.
+    """
     # A copy: the network serves other sections and measurements after this one.
     module: GraphModule = copy.deepcopy(network.sections[index]).to(device)
     layers = context.plan.sections[index].layers
     job = context.job
     calibration = first_batches(inputs, job.data.batch_size)
     put_quantizers(module, layers, activation_starts(module, layers, calibration))
-    if job.train.start == "fitted":
+    if job.train.start == "fitted" and not resumed:
         rows = first_batches(inputs, job.data.batch_size, job.train.start_samples)
         fit_weights(module, network.sections[index].to(device), ((value, value) for value in rows), seed=job.seed)
     return module

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 
 from dcq_ray.errors import RunInterrupted
+from dcq_ray.records import SectionFailure, SectionTask
 
 # So many workers in a row may die on the same work without a checkpoint more than the one before.
 MAX_DEATHS = 5
@@ -40,6 +42,16 @@ class Attempts:
 
     def __str__(self) -> str:
         return f"{self._num_in_a_row} times in a row without getting further than step {self._position}"
+
+
+def attempts_failure(task: SectionTask, error: BaseException, attempts: Attempts) -> SectionFailure:
+    """What the report says of a section whose workers died too often; call it while the last error is handled."""
+    return SectionFailure(
+        index=task.index,
+        error_type=type(error).__name__,
+        message=f"section {task.index}: its worker died or failed {attempts}; the last time: {error}",
+        traceback=traceback.format_exc(),
+    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,14 +18,14 @@ from dcq_ray.errors import DcqError, StorageError
 from dcq_ray.phases import (
     Emit,
     RunSession,
+    checkpoint_positions,
     checkpoint_store,
     longest_first,
     section_done,
     section_failed,
 )
-from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
-from dcq_ray.remote.attempts import Attempts, saved_when_interrupted
+from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
 from dcq_ray.remote.workers import SectionActor
 
@@ -65,7 +64,7 @@ def train_alone(
             if isinstance(cause, DcqError) and not isinstance(cause, StorageError):
                 raise cause from error
             if not attempts[task.index].another(_reached(session.context, task)):
-                return _worker_failure(task, cause or error, attempts[task.index])
+                return attempts_failure(task, cause or error, attempts[task.index])
             told = "its worker died" if cause is None else f"{type(cause).__name__}: {cause}"
             session.emit(Progress(phase="train", index=task.index, state="waiting", detail=told))
             return None
@@ -99,16 +98,6 @@ def train_alone(
                     session.emit(section_done(outcome))
             _poll([worker for worker, _ in running.values()], session.emit)
     return [results[index] for index in sorted(results)], failures
-
-
-def _worker_failure(task: SectionTask, error: BaseException, attempts: Attempts) -> SectionFailure:
-    """What the report says of a section whose workers died too often; call it while the last error is handled."""
-    return SectionFailure(
-        index=task.index,
-        error_type=type(error).__name__,
-        message=f"section {task.index}: its worker died or failed {attempts}; the last time: {error}",
-        traceback=traceback.format_exc(),
-    )
 
 
 def _reached(context: RunContext, task: SectionTask) -> int:

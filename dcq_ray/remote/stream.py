@@ -35,7 +35,7 @@ from dcq_ray.phases import (
     train_stream,
 )
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
-from dcq_ray.remote.attempts import Attempts, saved_when_interrupted
+from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
 from dcq_ray.remote.workers import unwrapped
 
@@ -144,16 +144,7 @@ def train_streamed(
                         )
                     )
                 continue
-            failures = [
-                SectionFailure(
-                    index=task.index,
-                    error_type=type(error).__name__,
-                    message=f"section {task.index}: a worker died {attempts}; the last time: {error}",
-                    traceback="",
-                )
-                for task in tasks
-                if task.index not in results
-            ]
+            failures = [attempts_failure(task, error, attempts) for task in tasks if task.index not in results]
         break
     return [results[index] for index in sorted(results)], failures
 
