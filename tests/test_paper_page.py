@@ -20,7 +20,7 @@ def _job(**changes: Any) -> dict[str, Any]:
         "teacher": {"model": "dcq_ray:lenet", "weights": "/data/lenet.safetensors"},
         "data": {"dataset": "mnist", "root": "/data", "train_samples": 20000},
         "quantize": {"weights": {"scheme": "dorefa", "bits": 1}, "first_last_bits": None},
-        "train": {"epochs": 2, "lr": 1e-3},
+        "train": {"epochs": 2, "lr": 1e-3, "start": "nearest"},
         "reduce": {},
     }
     for key, value in changes.items():
