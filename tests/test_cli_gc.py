@@ -24,7 +24,7 @@ def cache(tmp_path: Path) -> Store:
 def gc(*arguments: str) -> list[str]:
     done = CliRunner().invoke(cli, ["gc", *arguments], catch_exceptions=False)
     assert done.exit_code == 0
-    return done.output.splitlines()
+    return done.stdout.splitlines()
 
 
 def test_a_dry_run_says_what_the_real_one_does(cache: Store) -> None:
@@ -62,6 +62,8 @@ def test_ages_that_are_none_are_refused(cache: Store, age: str) -> None:
     assert cache.tree() != ()
 
 
-def test_a_cache_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_a_cache_that_is_not_there_is_empty_and_said_to_be(tmp_path: Path) -> None:
     assert gc(str(tmp_path / "nothing")) == ["removed 0 in all, 0 bytes", "kept 0 in all, 0 bytes"]
+    done = CliRunner().invoke(cli, ["gc", str(tmp_path / "nothing")])
+    assert f"{tmp_path / 'nothing'}: there is no cache, or an empty one" in done.stderr
     assert not (tmp_path / "nothing").exists()

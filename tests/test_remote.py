@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dcq_ray.errors import ClusterError
+from dcq_ray.errors import ClusterError, StorageError
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import ignore_progress, run_local
 from dcq_ray.records import Progress
@@ -146,6 +146,20 @@ def test_what_speaks_grpc_answers_and_what_says_something_else_does_not() -> Non
     assert served(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
     assert not served(b"HTTP/1.1 400 Bad Request\r\n\r\n")
     assert not served(b"SSH")
+
+
+def test_a_wrong_place_for_files_is_told_before_ray_is_asked_for(job_document: dict[str, Any], tmp_path: Path) -> None:
+    job = job_of(job_document, run_dir="s3://key:word@bucket/run")
+    with pytest.raises(StorageError, match="credentials stand in the address"):
+        run_remote(
+            job,
+            str(tmp_path),
+            address="127.0.0.1:1",
+            environment={},
+            emit=ignore_progress,
+            say=lambda _: None,
+            owner="test",
+        )
 
 
 def test_an_explicit_address_that_is_dead_is_an_error(job_document: dict[str, Any], tmp_path: Path) -> None:

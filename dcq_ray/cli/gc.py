@@ -60,6 +60,9 @@ def gc(
         dry_run=dry_run,
     )
     cache = open_store(cache_dir)
+    if not cache.list_names():
+        # No error: a schedule may come before the first run. But a mistyped folder must not look like a clean one.
+        click.echo(f"{cache.uri}: there is no cache, or an empty one", err=True)
     removed: list[Collected] = []
     kept: list[Collected] = []
     for one in collect(cache, rules):

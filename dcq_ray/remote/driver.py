@@ -35,6 +35,7 @@ from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
 from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, unwrapped
 from dcq_ray.spec import Job
+from dcq_ray.storage import open_store
 
 POLL_SECONDS = 0.5
 
@@ -55,8 +56,12 @@ def run_remote(
 
     Raises:
         ClusterError: no such cluster, or none of its nodes has what a section asks for.
+        StorageError: the run or cache directory's address names no place for files, or holds credentials.
         SectionTrainingError: sections failed; the report names them, the others' results stay.
     """
+    for folder in (job.storage.run_dir, job.storage.cache_dir):
+        # A wrong address is told before a Ray is started for it.
+        open_store(folder)
     with connected(address, environment=environment, log_to_driver=log_to_driver) as phrase:
         share = section_share(job, job.sections.count or 1, node_resources())
         check_shared((job.storage.run_dir, job.storage.cache_dir))
