@@ -95,8 +95,8 @@ class TrainSpec(OptimizerSpec):
     """Of distillation."""
     start: Literal["nearest", "fitted"] = "fitted"
     """nearest: quantized weights start at the levels nearest to the teacher's; fitted: at those that least squares on
-    `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits and
-    150,000 weights)."""
+    `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits,
+    4 million weights, and 5,000 of them for an output)."""
     start_samples: PositiveInt = 256
     """start: fitted only. Train images on which the start is fitted."""
     inputs: Literal["teacher", "student"] = "teacher"

@@ -39,15 +39,16 @@ def test_two_weights_by_hand() -> None:
     num_levels=st.integers(2, 5),
     scale_free=st.booleans(),
     num_groups=st.sampled_from([1, 2]),
+    num_columns=st.sampled_from([None, 1, 2, 4]),
 )
 @settings(max_examples=60, deadline=None)
 def test_no_single_step_to_a_neighbouring_level_would_lower_the_error(
-    seed: int, num_levels: int, scale_free: bool, num_groups: int
+    seed: int, num_levels: int, scale_free: bool, num_groups: int, num_columns: int | None
 ) -> None:
     moments, crosses = problem(seed, num_inputs=6, num_rows=4, num_groups=num_groups)
     levels = torch.linspace(-1, 1, num_levels)[:, None]
     start = torch.randint(num_levels, (4, 6), generator=torch.Generator().manual_seed(seed))
-    found = descend(moments, crosses, levels, start, scale_free=scale_free)
+    found = descend(moments, crosses, levels, start, scale_free=scale_free, num_columns=num_columns, max_passes=100)
 
     def error(numbers: Tensor) -> Tensor:
         return errors(moments, crosses, levels[:, 0][numbers], scale_free=scale_free)
@@ -89,8 +90,21 @@ def test_rows_of_a_group_use_its_moments_and_their_own_levels() -> None:
         assert together[[row]].equal(alone)
 
 
-def test_it_stops_after_so_many_moves() -> None:
-    moments, crosses = problem(1, num_inputs=12, num_rows=1)
-    levels = torch.tensor([[-1.0], [1.0]])
-    start = (crosses < 0).long()
-    assert (descend(moments, crosses, levels, start, scale_free=True, max_moves=2) != start).sum() == 2
+@given(
+    seed=st.integers(0, 10**6), num_columns=st.integers(1, 12), max_passes=st.integers(1, 3), scale_free=st.booleans()
+)
+@settings(max_examples=40, deadline=None)
+def test_every_pass_over_blocks_lowers_the_error_or_leaves_it(
+    seed: int, num_columns: int, max_passes: int, scale_free: bool
+) -> None:
+    moments, crosses = problem(seed, num_inputs=12, num_rows=4, num_groups=2)
+    levels = torch.tensor([[-1.0], [0.0], [1.0]])
+    numbers = torch.randint(3, (4, 12), generator=torch.Generator().manual_seed(seed))
+    least = errors(moments, crosses, levels[:, 0][numbers], scale_free=scale_free)
+    for passes in range(1, max_passes + 1):
+        found = descend(
+            moments, crosses, levels, numbers, scale_free=scale_free, num_columns=num_columns, max_passes=passes
+        )
+        reached = errors(moments, crosses, levels[:, 0][found], scale_free=scale_free)
+        assert (reached <= least + 1e-4 * (1 + least.abs())).all()
+        least = reached

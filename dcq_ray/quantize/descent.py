@@ -20,36 +20,99 @@ from torch import Tensor
 
 # A move must gain this share of what there is: rounding errors would let two levels be tried in turn for ever.
 _LEAST_GAIN = 1e-6
+# Every move looks at all rows and columns of a block, so a large layer is done in blocks of columns of about so many weights,
+_BLOCK_WEIGHTS = 2**18
+_LEAST_COLUMNS = 64
+# again and again, because a block's moves change what is best in the blocks before. The first passes bring nearly all.
+_MAX_PASSES = 4
 
 
 def descend(
-    moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, *, scale_free: bool, max_moves: int | None = None
+    moments: Tensor,
+    crosses: Tensor,
+    levels: Tensor,
+    numbers: Tensor,
+    *,
+    scale_free: bool,
+    num_columns: int | None = None,
+    max_passes: int = _MAX_PASSES,
 ) -> Tensor:
-    """The numbers of levels [R, N] from which no single step to a neighbouring level lowers the error; `numbers` is the start.
+    """The numbers of levels [R, N] that moves of single weights to neighbouring levels lead to; `numbers` is the start.
+
+    Where one block holds all columns, no single move is left that lowers the error. With several, the weights of a block move
+    while the others stay, one block after the other, until a pass over all of them moves nothing or `max_passes` are done.
 
     Args:
         moments: E[x x'] of each group of inputs, [G, N, N], symmetric; the R / G rows of a group follow each other.
         crosses: E[x y] of each row, [R, N].
         levels: ascending, [K, 1 or R].
         scale_free: whether a row's scale is free.
-        max_moves: of a row, after which it may stop elsewhere; None: 2 N (K - 1).
+        num_columns: of a block; None: as many as make 262,144 weights, at least 64.
     """
     num_rows, num_inputs = crosses.shape
+    num_columns = num_columns or max(_LEAST_COLUMNS, _BLOCK_WEIGHTS // num_rows)
     levels = levels.to(crosses.dtype).expand(-1, num_rows).t().contiguous()
     numbers = numbers.clone()
+    for _ in range(max_passes):
+        weights = levels.gather(1, numbers)
+        products = _grouped_product(moments, weights)
+        linear, quadratic = (crosses * weights).sum(1), (products * weights).sum(1)
+        moved = False
+        for first in range(0, num_inputs, num_columns):
+            block = slice(first, first + num_columns)
+            numbers[:, block], linear, quadratic = _descend_block(
+                moments[:, block, block],
+                crosses[:, block],
+                products[:, block],
+                linear,
+                quadratic,
+                levels,
+                numbers[:, block],
+                scale_free=scale_free,
+            )
+            steps = levels.gather(1, numbers[:, block]) - weights[:, block]
+            if not bool(steps.any()):
+                continue
+            moved = True
+            later = slice(first + num_columns, num_inputs)
+            products[:, later] += _grouped_product(moments[:, block, later], steps)
+        if not moved or num_columns >= num_inputs:
+            break
+    return numbers
+
+
+def _descend_block(
+    moments: Tensor,
+    crosses: Tensor,
+    products: Tensor,
+    linear: Tensor,
+    quadratic: Tensor,
+    levels: Tensor,
+    numbers: Tensor,
+    *,
+    scale_free: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move the weights of some columns, while the others stay: the new numbers, r'w and w'Hw of every row.
+
+    Args:
+        products: H w of these columns, all columns' weights counted, [R, M].
+        linear: r'w of every row, [R].
+        quadratic: w'Hw of every row, [R].
+        levels: [R, K].
+    """
+    num_rows, num_levels = levels.shape
+    numbers, linears, quadratics = numbers.clone(), linear.clone(), quadratic.clone()
     weights = levels.gather(1, numbers)
-    products = _grouped_product(moments, weights)
-    linear, quadratic = (crosses * weights).sum(1), (products * weights).sum(1)
     # Of the rows that still move.
     rows = torch.arange(num_rows, device=crosses.device)
     group = rows // (num_rows // len(moments))
     own = moments.diagonal(dim1=1, dim2=2)
-    directions = (-1, 1) if levels.shape[1] > 2 else (None,)
-    for _ in range(2 * num_inputs * (levels.shape[1] - 1) if max_moves is None else max_moves):
+    directions = (-1, 1) if num_levels > 2 else (None,)
+    for _ in range(2 * numbers.shape[1] * (num_levels - 1)):
         current = _error(linear, quadratic, scale_free)
         least, column, moved = current, torch.zeros_like(rows), numbers[rows, 0]
         for direction in directions:
-            to = _neighbours(numbers[rows], direction, levels.shape[1])
+            to = _neighbours(numbers[rows], direction, num_levels)
             step = levels[rows].gather(1, to) - weights[rows]
             error = _error(
                 linear[:, None] + step * crosses[rows],
@@ -71,7 +134,8 @@ def descend(
         linear = linear + step * crosses[rows, column]
         quadratic = quadratic + step * (2 * products.gather(1, column[:, None])[:, 0] + step * own[group, column])
         products = products + step[:, None] * moments[group, column]
-    return numbers
+        linears[rows], quadratics[rows] = linear, quadratic
+    return numbers, linears, quadratics
 
 
 def errors(moments: Tensor, crosses: Tensor, weights: Tensor, *, scale_free: bool) -> Tensor:
@@ -87,8 +151,8 @@ def _neighbours(numbers: Tensor, direction: int | None, num_levels: int) -> Tens
 
 
 def _grouped_product(moments: Tensor, weights: Tensor) -> Tensor:
-    """Every row times the moments of its group; [R, N]."""
-    return (weights.reshape(len(moments), -1, weights.shape[1]) @ moments).reshape(weights.shape)
+    """Every row [R, N] times the moments [G, N, M] of its group; [R, M]."""
+    return (weights.reshape(len(moments), -1, weights.shape[1]) @ moments).flatten(0, 1)
 
 
 def _error(linear: Tensor, quadratic: Tensor, scale_free: bool) -> Tensor:

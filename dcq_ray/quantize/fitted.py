@@ -28,8 +28,9 @@ from dcq_ray.quantize.policy import layer_weight
 PLACES_PER_IMAGE = 64
 # At many bits rounding costs too little to be made good.
 MAX_FITTED_BITS = 4
-# Larger layers take longer to fit than to train, so they start at the nearest levels. A fit of so many weights takes seconds.
-MAX_FITTED_WEIGHTS = 150_000
+# A fit of so many weights takes some seconds of one core; the moments of so many inputs take a gigabyte.
+MAX_FITTED_WEIGHTS = 4_000_000
+MAX_FITTED_INPUTS = 5_000
 # Added to the diagonal of the moments, as a share of its mean: few images leave directions unseen.
 RIDGE = 1e-4
 
@@ -53,8 +54,9 @@ def fit_weights(
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
-    Layers that are fitted: Conv2d and Linear of at most 4 bits and 150,000 weights. A layer's new levels are kept only where
-    they are better on the very images. Biases take up the change of the mean; what a BatchNorm follows may have any scale.
+    Layers that are fitted: Conv2d and Linear of at most 4 bits, 20 million weights, and 5,000 of them a row. A layer's new
+    levels are kept only where they are better on the very images. Biases take up the change of the mean; what a BatchNorm
+    follows may have any scale.
 
     Args:
         student: the teacher with quantizers on it (`put_quantizers`); BatchNorm runs on batch statistics meanwhile.
@@ -260,6 +262,7 @@ def _fittable(layer: nn.Module, quantizer: WeightQuantizer) -> bool:
         type(layer).__mro__[1] in (nn.Conv2d, nn.Linear)
         and quantizer.bits <= MAX_FITTED_BITS
         and layer_weight(layer).numel() <= MAX_FITTED_WEIGHTS
+        and layer_weight(layer)[0].numel() <= MAX_FITTED_INPUTS
     )
 
 
