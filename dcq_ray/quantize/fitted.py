@@ -54,7 +54,7 @@ def fit_weights(
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
-    Layers that are fitted: Conv2d and Linear of at most 4 bits, 20 million weights, and 5,000 of them a row. A layer's new
+    Layers that are fitted: Conv2d and Linear of at most 4 bits, 4 million weights, and 5,000 of them a row. A layer's new
     levels are kept only where they are better on the very images. Biases take up the change of the mean; what a BatchNorm
     follows may have any scale.
 
