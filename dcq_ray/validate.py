@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dcq_ray.errors import DataError
 
@@ -35,6 +36,12 @@ def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
 def agreement(logits_a: Tensor, logits_b: Tensor) -> float:
     """The fraction of rows [N, K] on which both predict the same class."""
     return float((logits_a.argmax(dim=1) == logits_b.argmax(dim=1)).double().mean())
+
+
+def divergence(logits: Tensor, reference: Tensor) -> float:
+    """The mean over rows [N, K] of the Kullback-Leibler divergence KL(reference || logits) of their softmax, in nats, >= 0."""
+    ours, theirs = (functional.log_softmax(value.double(), dim=1) for value in (logits, reference))
+    return max(0.0, float(functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

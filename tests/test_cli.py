@@ -17,7 +17,7 @@ import yaml
 
 from dcq_ray.storage import hold_run, open_store
 
-COMMANDS = ("run", "plan", "teacher", "baseline", "report", "status", "ls", "eval", "schema", "gc")
+COMMANDS = ("run", "plan", "teacher", "baseline", "report", "status", "ls", "eval", "schema", "search", "gc")
 
 
 def dcq(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

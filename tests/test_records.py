@@ -121,7 +121,9 @@ RESULT = SectionResult(
     loss_curve=CURVE,
 )
 FAILURE = SectionFailure(index=0, error_type="SectionTrainingError", message="diverged: träin", traceback="a\nb")
-MEASUREMENT = SectionMeasurement(index=0, task_digest="t", top1_alone=None, agreement_alone=0.99, relative_error=0.01)
+MEASUREMENT = SectionMeasurement(
+    index=0, task_digest="t", top1_alone=None, agreement_alone=0.99, divergence_alone=0.02, relative_error=0.01
+)
 MERGE_STEP = MergeStep(name="polish", score_before=0.8, score_after=0.85, accepted=True)
 TEACHER = TeacherReport(model="mine:net", top1=0.9, sha256="f", num_bytes=5536)
 STUDENT = StudentReport(top1=None, sha256="e", num_bytes_packed=400, bits=1.4)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from dcq_ray.errors import DataError
-from dcq_ray.validate import agreement, compare, predict, top_k
+from dcq_ray.validate import agreement, compare, divergence, predict, top_k
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
@@ -68,3 +70,12 @@ def test_boundary_errors_of_a_zero_boundary() -> None:
 def test_compare_refuses_no_images() -> None:
     with pytest.raises(DataError, match="no images"):
         compare([Scale(1)], [Scale(1)], [], CPU)
+
+
+def test_divergence_by_hand() -> None:
+    # Softmax of (ln 3, 0) is (3/4, 1/4), of (0, 0) it is (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2).
+    reference, ours = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert divergence(ours, reference) == pytest.approx(expected)
+    assert divergence(torch.cat([ours, reference]), torch.cat([reference, reference])) == pytest.approx(expected / 2)
+    assert divergence(reference, reference) == 0.0

@@ -63,7 +63,7 @@ def run(
         overrides = (*overrides, f"reduce.max_drop={max_drop}")
     job, folder = read_job(job_path, overrides, run_dir)
     with watching(job, log_format) as (emit, say), interruptible(job):
-        result = _run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+        result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
         if with_rival and not any((rival.method, rival.budget) == ("dorefa", "passes") for rival in result.baselines):
             result = run_rival(job, folder, emit, "dorefa", "passes") or result
     show_report(job, result, log_format)
@@ -91,7 +91,7 @@ def run_rival(
         return keep_baseline(session, train_rival(session, method, budget) if found is None else found)
 
 
-def _run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
+def run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
     owner = f"dcq-ray run of job {job.name}"
     if address == "none":
         from dcq_ray.phases import StopRequest, run_local

@@ -38,7 +38,7 @@ from dcq_ray.records import (
 from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm, stitch
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import state_bytes
-from dcq_ray.validate import agreement, compare, top_k
+from dcq_ray.validate import agreement, compare, divergence, top_k
 
 # Statistics over so many images times their positions are exact enough; more would cost a pass over the train part.
 MAX_BATCHNORM_SAMPLES = 5120
@@ -127,6 +127,7 @@ def measure_sections(
             task_digest=result.task_digest,
             top1_alone=None if labels is None else top_k(logits, torch.from_numpy(labels), 1),
             agreement_alone=agreement(logits, torch.cat(reference)),
+            divergence_alone=divergence(logits, torch.cat(reference)),
             relative_error=(errors[result.index] / norms[result.index]) ** 0.5 if norms[result.index] else 0.0,
             cpu_seconds=cpu_seconds,
         )

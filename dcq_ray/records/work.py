@@ -83,6 +83,8 @@ class SectionMeasurement:
     task_digest: str
     top1_alone: float | None
     agreement_alone: float
+    divergence_alone: float
+    """Mean Kullback-Leibler divergence, in nats, of its predictions from the teacher's."""
     relative_error: float
     """Norm of (student section - teacher section) over norm of teacher section, on the teacher's own inputs."""
     cpu_seconds: float = 0.0

@@ -2,6 +2,7 @@
 
 from dcq_ray.records import RunReport, to_json
 from dcq_ray.report.page import report_html
+from dcq_ray.report.plots import front_plot
 from dcq_ray.report.tables import compare_reports, layers_table, print_report, work_table
 from dcq_ray.report.words import size
 
@@ -11,4 +12,13 @@ def report_json(report: RunReport) -> str:
     return to_json(report).decode().rstrip()
 
 
-__all__ = ["compare_reports", "layers_table", "print_report", "report_html", "report_json", "size", "work_table"]
+__all__ = [
+    "compare_reports",
+    "front_plot",
+    "layers_table",
+    "print_report",
+    "report_html",
+    "report_json",
+    "size",
+    "work_table",
+]

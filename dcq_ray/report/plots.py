@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dcq_ray.records import RunReport
@@ -91,6 +92,27 @@ def size_plot(report: RunReport) -> str:
     axes.set_xlabel("section")
     axes.set_ylabel("KiB")
     axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _svg(figure)
+
+
+def front_plot(points: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Scores in [0, 1] over bytes of several networks, as named series."""
+    figure, axes = _figure()
+    styles = ("o", "-s", "*")
+    for number, (name, series) in enumerate(points.items()):
+        ordered = sorted(series)
+        axes.plot(
+            [size / 1024 for size, _ in ordered],
+            [100 * score for _, score in ordered],
+            styles[number % len(styles)],
+            color=COLORS[number % len(COLORS)],
+            markersize=(6, 4, 11)[number % 3],
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("KiB, packed")
+    axes.set_ylabel("held-out score, %")
+    axes.legend(frameon=False, labelcolor=INK)
     return _svg(figure)
 
 

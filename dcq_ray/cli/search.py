@@ -1,0 +1,155 @@
+"""`dcq-ray search`: bits for every section under a budget, from a library of trained sections."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
+from dcq_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    from dcq_ray.search import Candidate, Option, Searched
+    from dcq_ray.spec import Job
+
+UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+SEARCH_FILE = "search.json"
+PLOT_FILE = "search.svg"
+
+
+@click.command(
+    epilog="\b\nExample:\n  dcq-ray search jobs/resnet20-cifar10-w1.yaml --options 1,2,4 --budget 60kB"
+    "\n  dcq-ray search jobs/resnet20-cifar10-w1.yaml --options 1,2,4 --max-drop 1"
+)
+@job_argument
+@set_option
+@run_dir_option
+@click.option(
+    "--budget", metavar="BYTES", help="Of the packed student: 60000, 60kB, 1.5MiB, or as an option: `dorefa:2`."
+)
+@click.option(
+    "--max-drop", type=float, metavar="PTS", help="Instead: the smallest that loses no more, on held-out images."
+)
+@click.option(
+    "--options",
+    "option_text",
+    default="1,2,4",
+    show_default=True,
+    metavar="LIST",
+    help="What every section is trained with: bits with the job's scheme, or SCHEME:BITS.",
+)
+@click.option("--library", metavar="DIR_OR_URI", help="Where trained sections are kept; default: RUN/library.")
+@click.option("--address", default="auto", show_default=True, metavar="auto|local|none|ADDR", help="As of `run`.")
+@log_format_option
+@debug_option
+def search(
+    job_path: str,
+    overrides: tuple[str, ...],
+    run_dir: str | None,
+    budget: str | None,
+    max_drop: float | None,
+    option_text: str,
+    library: str | None,
+    address: str,
+    log_format: Literal["text", "json"],
+) -> None:
+    """Find bits for every section under a budget, and make the network.
+
+    Every section is trained once with each option, as `run` does it; then any combination is a network without further
+    training, so another budget costs seconds. The network that is found becomes the run of the job's run directory.
+    """
+    if (budget is None) == (max_drop is None):
+        raise UsageError("search: give either --budget BYTES or --max-drop PTS")
+    job, folder = read_job(job_path, overrides, run_dir)
+    if job.train.inputs != "teacher":
+        raise UsageError(
+            "search: train.inputs is student, so a section depends on those before it, and cannot be combined freely; "
+            "add --set train.inputs=teacher"
+        )
+    from dcq_ray.cli.run import interruptible, run_phases, show_report, watching
+    from dcq_ray.search import combination_overrides, open_library, parse_option, search_library, take_sections
+    from dcq_ray.storage import open_store
+
+    run_store = open_store(job.storage.run_dir)
+    shelf = run_store.child("library") if library is None else open_store(library)
+    wanted = list(dict.fromkeys(parse_option(text, job.quantize.weights.scheme) for text in option_text.split(",")))
+    jobs = {option: _member_job(job_path, overrides, option, shelf.child(option.name).uri) for option in wanted}
+    with watching(job, log_format) as (emit, say), interruptible(job):
+
+        def run(member: Job) -> None:
+            run_phases(member, folder, address=address, fresh=False, emit=emit, say=say)
+
+        found = open_library(jobs, folder, emit=emit, run=run)
+        sizes = {member.option: found.rest_num_bytes + sum(member.num_bytes) for member in found.members}
+        budget_bytes = None if budget is None else parse_budget(budget, sizes, job.quantize.weights.scheme)
+        drop = None if max_drop is None else max_drop / 100
+        searched = search_library(found, shelf, budget_bytes=budget_bytes, max_drop=drop, emit=emit)
+        chosen = (*overrides, f"quantize.overrides={combination_overrides(found, searched.choices)}")
+        mixed, _ = read_job(job_path, chosen, run_dir)
+        take_sections(found, searched.choices, run_store)
+        result = run_phases(mixed, folder, address=address, fresh=False, emit=emit, say=say)
+    _keep(searched, run_store)
+    if log_format == "text":
+        _show(searched)
+    show_report(mixed, result, log_format)
+
+
+def parse_budget(text: str, sizes: dict[Option, int], scheme: str) -> int:
+    """Bytes: a number with or without a unit, or the size of the network that has one of the options everywhere."""
+    number = re.fullmatch(r"\s*([\d_,]*\.?\d+)\s*([a-zA-Z]*)\s*", text)
+    if number is not None and number[2].lower() in UNITS:
+        return int(float(number[1].replace(",", "").replace("_", "")) * UNITS[number[2].lower()])
+    from dcq_ray.search import parse_option
+
+    if ":" in text:
+        option = parse_option(text, scheme)
+        if option in sizes:
+            return sizes[option]
+    names = ", ".join(f"{option.scheme}:{option.bits}" for option in sizes)
+    raise UsageError(f"--budget {text}: expected bytes such as 60000, 60kB or 1.5MiB, or one of the options: {names}")
+
+
+def _member_job(job_path: str, overrides: tuple[str, ...], option: Option, run_dir: str) -> Job:
+    own = (f"quantize.weights.scheme={option.scheme}", f"quantize.weights.bits={option.bits}", "reduce.max_drop=null")
+    return read_job(job_path, (*overrides, *own), run_dir)[0]
+
+
+def _keep(searched: Searched, store: object) -> None:
+    from dcq_ray.records import to_json
+    from dcq_ray.report import front_plot
+    from dcq_ray.storage import Store
+
+    assert isinstance(store, Store)
+    store.write_bytes(SEARCH_FILE, to_json(searched))
+    points = {
+        "uniform": [(found.num_bytes, found.score) for found in searched.uniform],
+        "front": [(found.num_bytes, found.score) for found in searched.front],
+        "chosen": [(searched.chosen.num_bytes, searched.chosen.score)],
+    }
+    store.write_bytes(PLOT_FILE, front_plot(points).encode())
+
+
+def _show(searched: Searched) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("network", "bytes", "divergence, predicted", "held-out score", "sections", box=None, pad_edge=False)
+
+    def row(name: str, found: Candidate) -> None:
+        cells = (f"{found.num_bytes:,}", f"{found.predicted_divergence:.4f}", f"{100 * found.score:.2f} %")
+        table.add_row(name, *cells, " ".join(found.options))
+
+    for found in searched.uniform:
+        row("uniform", found)
+    for found in searched.front:
+        row("front", found)
+    row("[bold]chosen[/]", searched.chosen)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{searched.num_on_front} combinations on the front; rank correlation of the predicted and the measured order of "
+        f"those shown: {searched.rank_correlation:.2f}\n",
+        style="dim",
+    )

@@ -1,0 +1,237 @@
+"""Combinations of a library's sections: looked at on held-out images, and made into a run of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dcq_ray.digests import json_sha256
+from dcq_ray.errors import UsageError
+from dcq_ray.phases import Emit, ignore_progress
+from dcq_ray.phases.context import WEIGHTS_FILE, section_store
+from dcq_ray.phases.polish import Judge, judge_of
+from dcq_ray.phases.reduce import MEASUREMENT_FILE, merge
+from dcq_ray.phases.train import RESULT_FILE, section_weights
+from dcq_ray.records import Progress, from_json, to_json
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
+from dcq_ray.search.library import Library
+from dcq_ray.stitch import stitch
+from dcq_ray.storage import Store
+
+# Combinations that come out best by prediction are so many times looked at before one is chosen.
+NUM_LOOKED_AT = 4
+# Of the whole front.
+NUM_SHOWN = 8
+SCORES_FOLDER = "combinations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A combination's score, and the digest of what it was measured for."""
+
+    key: str
+    score: float
+    """Top-1 on held-out images; without labels the agreement with the teacher."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A combination that was looked at."""
+
+    options: tuple[str, ...]
+    """Of every section."""
+    num_bytes: int
+    """Of the whole student, packed."""
+    predicted_divergence: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """What a search found."""
+
+    budget_bytes: int | None
+    max_drop: float | None
+    chosen: Candidate
+    choices: tuple[int, ...]
+    """Of the chosen one: the number of every section's member."""
+    uniform: tuple[Candidate, ...]
+    """One quantizer for all sections, for each of the library's."""
+    front: tuple[Candidate, ...]
+    """Some of the Pareto front, from the smallest to the largest."""
+    num_on_front: int
+    rank_correlation: float
+    """Spearman's, of the predicted order of the front and the measured one; nan where there are too few."""
+
+
+def search_library(
+    library: Library, store: Store, *, budget_bytes: int | None = None, max_drop: float | None = None, emit: Emit
+) -> Searched:
+    """The best network within a budget, and the Pareto front, from sections that are trained already.
+
+    Args:
+        budget_bytes: of the whole packed student: the most accurate one within it; or else
+        max_drop: of the score on held-out images, in [0, 1]: the smallest one that loses no more against the teacher.
+        store: where scores of combinations are kept, so that another budget costs little.
+
+    Raises:
+        UsageError: nothing of the library is so small, or so accurate.
+    """
+    sections = _distinct(library)
+    front = tuple(
+        replace(found, num_bytes=found.num_bytes + library.rest_num_bytes)
+        for found in frontier([[choice for _, choice in choices] for choices in sections])
+    )
+    # Numbers among a section's distinct choices -> numbers of members.
+    front = tuple(
+        replace(found, choices=tuple(sections[k][number][0] for k, number in enumerate(found.choices)))
+        for found in front
+    )
+    count = len(library.network.sections)
+    uniform = [_uniform(library, number, count) for number in range(len(library.members))]
+    judge = judge_of(library.members[0].context, library.network, library.prepared.splits.held_out, library.device)
+    shown = spread(front, NUM_SHOWN)
+    scores: dict[tuple[int, ...], float] = {}
+
+    def score(found: Combination) -> float:
+        if found.choices not in scores:
+            detail = "measuring combinations on held-out images"
+            emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
+            scores[found.choices] = combination_score(library, found.choices, judge, store)
+        return scores[found.choices]
+
+    if budget_bytes is not None:
+        if front[0].num_bytes > budget_bytes:
+            raise UsageError(
+                f"--budget {budget_bytes}: the smallest combination of this library takes {front[0].num_bytes:,} bytes; "
+                "give a larger budget, or options of fewer bits"
+            )
+        # What is looked at anyway may beat what is predicted to be better.
+        others = [found for found in (*shown, *uniform) if found.num_bytes <= budget_bytes]
+        possible = [*best_within(front, budget_bytes, NUM_LOOKED_AT), *others]
+        best = max(possible, key=lambda found: (score(found), -found.num_bytes))
+    else:
+        least = judge(library.network.teacher.module) - (max_drop or 0.0)
+        best = _smallest(front, lambda found: score(found) >= least)
+        if score(best) < least:
+            raise UsageError(
+                f"--max-drop: the most accurate combination of this library scores {score(best):.2%} on held-out images, "
+                f"wanted at least {least:.2%}; allow a larger drop, or give options of more bits"
+            )
+    order = rank_correlation([-found.cost for found in shown], [score(found) for found in shown])
+
+    def candidate(found: Combination) -> Candidate:
+        return Candidate(
+            options=tuple(library.members[number].option.name for number in found.choices),
+            num_bytes=found.num_bytes,
+            predicted_divergence=found.cost,
+            score=score(found),
+        )
+
+    return Searched(
+        budget_bytes=budget_bytes,
+        max_drop=max_drop,
+        chosen=candidate(best),
+        choices=best.choices,
+        uniform=tuple(candidate(found) for found in uniform),
+        front=tuple(candidate(found) for found in shown),
+        num_on_front=len(front),
+        rank_correlation=order,
+    )
+
+
+def combination_score(library: Library, choices: Sequence[int], judge: Judge, store: Store) -> float:
+    """The held-out score of the stitched sections, merged as the job says, polish aside; kept for other searches."""
+    members, splits = library.members, library.prepared.splits
+    results = [members[number].results[index] for index, number in enumerate(choices)]
+    job = members[0].context.job
+    reduce = job.reduce.model_copy(update={"polish_epochs": 0})
+    context = replace(members[0].context, job=job.model_copy(update={"reduce": reduce}))
+    key = json_sha256(
+        {
+            "teacher": context.plan.teacher_sha256,
+            "cuts": context.plan.cuts,
+            "weights": [result.weights_sha256 for result in results],
+            "reduce": [reduce.reestimate_batchnorm, reduce.roll_back],
+            "train": splits.train.sha256,
+            "held_out": splits.held_out.sha256,
+            "batch_size": context.job.data.batch_size,
+            "device": context.device,
+        }
+    )
+    name = f"{SCORES_FOLDER}/{key[:32]}.json"
+    content = store.read_bytes_or_none(name)
+    if content is not None:
+        with contextlib.suppress(ValueError):
+            found = from_json(Measured, content)
+            if found.key == key:
+                return found.score
+    layers = [layer for k, number in enumerate(choices) for layer in members[number].context.plan.sections[k].layers]
+    states = [section_weights(members[number].context, result) for number, result in zip(choices, results, strict=True)]
+    student = stitch(library.network.teacher.module, layers, states)
+    steps = merge(context, student, library.network, splits, library.device, emit=ignore_progress)
+    if steps:
+        score = steps[-1].score_after if steps[-1].accepted else steps[-1].score_before
+    else:
+        score = judge(student)
+    store.write_bytes(name, to_json(Measured(key=key, score=score)))
+    return score
+
+
+def combination_overrides(library: Library, choices: Sequence[int]) -> str:
+    """The combination as a value of `quantize.overrides`: every layer by its name."""
+    found: dict[str, dict[str, int | str]] = {}
+    for index, number in enumerate(choices):
+        for layer in library.members[number].context.plan.sections[index].layers:
+            entry: dict[str, int | str] = {"scheme": layer.scheme, "bits": layer.bits}
+            entry["activation_bits"] = layer.activation_bits
+            if layer.activation_scheme is not None:
+                entry["activation_scheme"] = layer.activation_scheme
+            found[layer.module] = entry
+    return json.dumps(found)
+
+
+def take_sections(library: Library, choices: Sequence[int], run_dir: Store) -> None:
+    """Put the chosen sections into a run directory, whose run then finds them trained."""
+    for index, number in enumerate(choices):
+        member = library.members[number]
+        result = member.results[index]
+        source, target = section_store(member.context, index), run_dir.child("sections", f"{index:02d}")
+        for name in (WEIGHTS_FILE, MEASUREMENT_FILE):
+            target.child(result.attempt).write_bytes(name, source.child(result.attempt).read_bytes(name))
+        # Written last: it marks the section as finished.
+        target.write_bytes(RESULT_FILE, to_json(result))
+
+
+def _smallest(front: Sequence[Combination], is_enough: Callable[[Combination], bool]) -> Combination:
+    """The smallest of a front that is enough, found by halving as if all larger ones were, too; the largest where none is."""
+    low, high = 0, len(front) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if is_enough(front[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return front[low]
+
+
+def _distinct(library: Library) -> list[list[tuple[int, Choice]]]:
+    """Every section's choices with their members' numbers; those that came out alike once."""
+    sections = []
+    for index in range(len(library.network.sections)):
+        choices: dict[str, tuple[int, Choice]] = {}
+        for number, member in enumerate(library.members):
+            choices.setdefault(member.results[index].weights_sha256, (number, member.choices[index]))
+        sections.append(list(choices.values()))
+    return sections
+
+
+def _uniform(library: Library, number: int, count: int) -> Combination:
+    choices = library.members[number].choices
+    return Combination(
+        choices=(number,) * count,
+        num_bytes=library.rest_num_bytes + sum(choice.num_bytes for choice in choices),
+        cost=sum(choice.cost for choice in choices),
+    )

@@ -1,0 +1,159 @@
+"""A library of sections: one run for each choice of quantizer, and what each of its sections takes and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dcq_ray.errors import UsageError
+from dcq_ray.phases import (
+    Emit,
+    Network,
+    Prepared,
+    choose_device,
+    measure_sections,
+    measured_section,
+    open_network,
+    plan_job,
+    prepare,
+    section_tasks,
+)
+from dcq_ray.phases.train import finished_section
+from dcq_ray.quantize import packed_num_bytes
+from dcq_ray.records import Progress, RunContext, SectionMeasurement, SectionResult
+from dcq_ray.search.frontier import Choice
+from dcq_ray.spec import Job
+from dcq_ray.storage import open_store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A quantizer of weights that every section is trained with."""
+
+    scheme: str
+    bits: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.scheme}-{self.bits}"
+
+
+def parse_option(text: str, scheme: str) -> Option:
+    """`2`, with the job's own scheme, or `twn:2`; raises UsageError."""
+    given, _, bits = text.strip().rpartition(":")
+    if not bits.isdigit() or not 1 <= int(bits) <= 8:
+        raise UsageError(f"--options: got {text!r}, expected bits from 1 to 8, or SCHEME:BITS such as twn:2")
+    return Option(scheme=given or scheme, bits=int(bits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """All sections trained with one quantizer."""
+
+    option: Option
+    context: RunContext
+    results: tuple[SectionResult, ...]
+    measurements: tuple[SectionMeasurement, ...]
+    num_bytes: tuple[int, ...]
+    """Of every section, packed."""
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What every section takes, and its divergence from the teacher, alone in it."""
+        return tuple(
+            Choice(num_bytes=size, cost=measurement.divergence_alone)
+            for size, measurement in zip(self.num_bytes, self.measurements, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """The members, what they have in common, and how many bytes lie outside of all sections."""
+
+    members: tuple[Member, ...]
+    prepared: Prepared
+    network: Network
+    device: torch.device
+    rest_num_bytes: int
+
+
+def open_library(jobs: Mapping[Option, Job], job_folder: str, *, emit: Emit, run: Callable[[Job], object]) -> Library:
+    """Train what the library lacks, and measure every section alone on held-out images.
+
+    Args:
+        jobs: the job of every member: the same but for the quantizer and the run directory, and with the same cuts.
+        run: trains a job from end to end; called where a section of a member is not there.
+    """
+    first = next(iter(jobs.values()))
+    device = torch.device("cpu") if first.resources.gpus_per_section == 0 else choose_device("auto")
+    prepared = prepare(first, job_folder, device=device, emit=emit)
+    contexts = {option: _context(job, job_folder, prepared, device, first=job is first) for option, job in jobs.items()}
+    cuts = {context.plan.cuts for context in contexts.values()}
+    if len(cuts) > 1:
+        raise UsageError(
+            "the library's members are cut at different places, since costs were measured anew in between; pin the cuts: "
+            f"--set 'sections={{cuts: [{', '.join(sorted(cuts)[0])}]}}'"
+        )
+    for option, job in jobs.items():
+        if any(result is None for result in _found(contexts[option])):
+            emit(Progress(phase="plan", detail=f"training all sections with {option.name}"))
+            run(job)
+    network = open_network(contexts[next(iter(jobs))])
+    members = tuple(_member(option, contexts[option], network, prepared) for option in jobs)
+    inside = sum(members[0].num_bytes)
+    return Library(
+        members=members,
+        prepared=prepared,
+        network=network,
+        device=device,
+        rest_num_bytes=max(0, members[0].context.plan.num_bytes_packed - inside),
+    )
+
+
+def _context(job: Job, job_folder: str, prepared: Prepared, device: torch.device, *, first: bool) -> RunContext:
+    cache = open_store(job.storage.cache_dir)
+    plan = prepared.plan
+    if not first:
+        plan = plan_job(job, prepared.teacher, prepared.splits, device=device, cache=cache)
+    return RunContext(
+        job=job,
+        job_folder=job_folder,
+        run_dir=open_store(job.storage.run_dir).uri,
+        cache_dir=cache.uri,
+        plan=plan,
+        # Nothing is committed under it.
+        epoch=0,
+        device=device.type,
+    )
+
+
+def _found(context: RunContext) -> list[SectionResult | None]:
+    return [finished_section(context, task) for task in section_tasks(context)]
+
+
+def _member(option: Option, context: RunContext, network: Network, prepared: Prepared) -> Member:
+    results = []
+    for index, result in enumerate(_found(context)):
+        if result is None:
+            raise UsageError(
+                f"{context.run_dir}: section {index} is not there after its run; was the library changed meanwhile? "
+                "run the search again"
+            )
+        results.append(result)
+    known = {result.index: measured_section(context, result) for result in results}
+    unknown = [result for result in results if known[result.index] is None]
+    measured = measure_sections(context, unknown, network, prepared.splits) if unknown else ()
+    every = {found.index: found for found in (*known.values(), *measured) if found is not None}
+    sizes = (
+        packed_num_bytes(section.state_dict(), plan.layers)
+        for section, plan in zip(network.sections, context.plan.sections, strict=True)
+    )
+    return Member(
+        option=option,
+        context=context,
+        results=tuple(results),
+        measurements=tuple(every[result.index] for result in results),
+        num_bytes=tuple(sizes),
+    )

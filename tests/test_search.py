@@ -1,0 +1,117 @@
+"""A search from end to end on real digits: what it finds is a run like any other, and nothing is trained twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dcq_ray.cli import cli
+from dcq_ray.cli.search import parse_budget
+from dcq_ray.errors import UsageError
+from dcq_ray.search import Option, parse_option
+
+OPTIONS = ("dorefa-1", "dorefa-2", "dorefa-4")
+
+
+@pytest.fixture
+def job_file(job_document: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job_document))
+    return path
+
+
+def search(job_file: Path, *arguments: str) -> Any:
+    command = ["search", str(job_file), "--address", "none", "--options", "1,2,4", *arguments]
+    return CliRunner().invoke(cli, command, catch_exceptions=False, standalone_mode=False)
+
+
+def attempts(run: Path) -> list[str]:
+    return [json.loads(path.read_text())["attempt"] for path in sorted(run.glob("sections/*/result.json"))]
+
+
+def modified(root: Path, pattern: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(root.glob(pattern))}
+
+
+@pytest.mark.slow
+def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(job_file: Path, tmp_path: Path) -> None:
+    search(job_file, "--budget", "dorefa:2")
+    run = tmp_path / "run"
+    library = {name: run / "library" / name for name in OPTIONS}
+    found = json.loads((run / "search.json").read_text())
+    report = json.loads((run / "report.json").read_text())
+
+    # The network is within the budget and at least as good on held-out images as the uniform one of that size.
+    uniform = {candidate["options"][0]: candidate for candidate in found["uniform"]}
+    assert set(uniform) == set(OPTIONS)
+    assert found["budget_bytes"] == uniform["dorefa-2"]["num_bytes"]
+    chosen = found["chosen"]
+    assert chosen["num_bytes"] <= found["budget_bytes"]
+    assert chosen["score"] >= uniform["dorefa-2"]["score"]
+    within = [candidate for candidate in found["front"] if candidate["num_bytes"] <= found["budget_bytes"]]
+    assert chosen["score"] >= max(candidate["score"] for candidate in within)
+    # It became the run of the run directory: the very attempts of the library, nothing trained again.
+    assert report["status"] == "succeeded"
+    assert report["student"]["num_bytes_packed"] == chosen["num_bytes"]
+    assert attempts(run) == [attempts(library[name])[index] for index, name in enumerate(chosen["options"])]
+    assert report["validation"]["top1"] == pytest.approx(chosen["score"])
+    bits = {"dorefa-1": 1, "dorefa-2": 2, "dorefa-4": 4}
+    assert [section["bits"] for section in report["sections"]] == [bits[name] for name in chosen["options"]]
+    assert (run / "search.svg").read_text().startswith("<svg")
+    # Uniform networks score as their own runs say, and take as many bytes.
+    for name, candidate in uniform.items():
+        own = json.loads((library[name] / "report.json").read_text())
+        assert candidate["num_bytes"] == own["student"]["num_bytes_packed"]
+        assert candidate["score"] == pytest.approx(own["validation"]["top1"])
+    # Less predicted divergence goes with more bytes all along the front.
+    sizes = [candidate["num_bytes"] for candidate in found["front"]]
+    costs = [candidate["predicted_divergence"] for candidate in found["front"]]
+    assert sizes == sorted(sizes)
+    assert costs == sorted(costs, reverse=True)
+
+    trained = modified(run, "library/*/sections/*/*/weights.safetensors")
+    scores = modified(run, "library/combinations/*.json")
+    assert len(trained) == 3 * len(attempts(run))
+    search(job_file, "--max-drop", "2")
+    assert modified(run, "library/*/sections/*/*/weights.safetensors") == trained
+    assert scores.items() <= modified(run, "library/combinations/*.json").items()
+    again = json.loads((run / "search.json").read_text())
+    teacher = json.loads((run / "report.json").read_text())["validation"]["teacher_top1"]
+    assert again["chosen"]["score"] >= teacher - 0.02
+
+    with pytest.raises(UsageError, match=r"smallest combination of this library takes [\d,]+ bytes"):
+        search(job_file, "--budget", "10")
+
+
+def test_wrong_arguments_are_told_before_anything_is_trained(job_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="either --budget BYTES or --max-drop PTS"):
+        search(job_file)
+    with pytest.raises(UsageError, match="either --budget BYTES or --max-drop PTS"):
+        search(job_file, "--budget", "10kB", "--max-drop", "1")
+    with pytest.raises(UsageError, match="a section depends on those before it"):
+        search(job_file, "--budget", "10kB", "--set", "train.inputs=student")
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_and_budgets_are_read() -> None:
+    assert parse_option("2", "lsq") == Option(scheme="lsq", bits=2)
+    assert parse_option(" twn:2", "lsq") == Option(scheme="twn", bits=2)
+    for text in ("two", "9", "twn:", ""):
+        with pytest.raises(UsageError, match="expected bits from 1 to 8"):
+            parse_option(text, "dorefa")
+    sizes = {Option(scheme="twn", bits=2): 777}
+    assert [parse_budget(text, sizes, "dorefa") for text in ("60000", "60kB", "1.5MiB", "60_000 B", "twn:2")] == [
+        60000,
+        60000,
+        1572864,
+        60000,
+        777,
+    ]
+    for text in ("many", "lsq:2", "-3", "3 parsecs"):
+        with pytest.raises(UsageError, match="one of the options: twn:2"):
+            parse_budget(text, sizes, "dorefa")
