@@ -21,7 +21,7 @@ from dcq_ray.records import Progress, StatusReport, to_jsonable
 
 Style = Literal["live", "plain", "json"]
 SECONDS_BETWEEN_PLAIN_LINES = 5.0
-PHASES = ("teacher", "plan", "dump", "train", "reduce", "baseline")
+PHASES = ("teacher", "plan", "changed", "dump", "train", "reduce", "baseline")
 STATE_STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "reused": "green", "failed": "bold red"}
 # Rows that the terminal's own lines, the summary and a message need beside the sections.
 SPARE_ROWS = 8

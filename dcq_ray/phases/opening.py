@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from dcq_ray.digests import library_versions
 from dcq_ray.errors import DcqError, RunInterrupted
 from dcq_ray.jobfile import job_yaml
+from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import lease_boundaries, release_boundaries
 from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
@@ -27,7 +29,7 @@ from dcq_ray.phases.session import (
     write_report,
 )
 from dcq_ray.phases.status import STATUS_FILE, StatusFile
-from dcq_ray.phases.train import finished_section, section_tasks
+from dcq_ray.phases.train import RESULT_FILE, finished_section, section_tasks
 from dcq_ray.records import (
     PartitionPlan,
     Progress,
@@ -35,14 +37,10 @@ from dcq_ray.records import (
     RunReport,
     RunStatus,
     SectionTask,
-    from_json,
     to_json,
 )
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, add_use, hold_run, open_store
-
-PLAN_FILE = "plan.json"
-JOB_FILE = "job.yaml"
 
 
 @contextlib.contextmanager
@@ -73,6 +71,8 @@ def open_run(
             clear_run(store)
         # Before it looks for a teacher there: gc leaves teachers to runs that it knows of.
         add_use(open_store(job.storage.cache_dir), store.uri)
+        report = read_report(store)
+        earlier = earlier_run(store, report)
         status = StatusFile(store, job.name)
 
         def tell(progress: Progress) -> None:
@@ -80,7 +80,7 @@ def open_run(
             emit(progress)
 
         try:
-            prepared = prepare(job, job_folder, device=device, emit=tell, earlier=_earlier_plan(store))
+            prepared = prepare(job, job_folder, device=device, emit=tell, earlier=earlier.plan)
             context = RunContext(
                 job=job,
                 job_folder=job_folder,
@@ -92,20 +92,26 @@ def open_run(
             )
             tasks = section_tasks(context)
             found = {task.index: finished_section(context, task) for task in tasks}
+            results = {index: result for index, result in found.items() if result is not None}
+            changed = changes(earlier, job, prepared.plan, library_versions())
+            what_follows = _what_follows(store, earlier, prepared.plan, num_kept=len(results))
             session = RunSession(
                 context=context,
                 prepared=prepared,
                 tasks=tasks,
-                results={index: result for index, result in found.items() if result is not None},
+                results=results,
                 finished_report=_finished_report(context, prepared, tasks, store),
                 store=store,
                 emit=tell,
                 started=started,
                 started_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                changes_note=changes_note(changed, what_follows, report),
             )
             store.write_bytes(JOB_FILE, job_yaml(job).encode())
             store.write_bytes(PLAN_FILE, to_json(prepared.plan))
             tell(prepared_progress(prepared))
+            for number, detail in enumerate((*changed, f"so {what_follows}") if changed else ()):
+                tell(Progress(phase="changed", index=number, state="done", detail=detail))
             for index in session.reused:
                 tell(Progress(phase="train", index=index, state="reused", detail="trained by an earlier run"))
             if reporting and session.finished_report is None:
@@ -153,14 +159,13 @@ def _finished_report(
     return replace(report, max_drop=context.job.reduce.max_drop)
 
 
-def _earlier_plan(store: Store) -> PartitionPlan | None:
-    content = store.read_bytes_or_none(PLAN_FILE)
-    if content is None:
-        return None
-    try:
-        return from_json(PartitionPlan, content)
-    except ValueError:
-        return None
+def _what_follows(store: Store, earlier: Earlier, plan: PartitionPlan, *, num_kept: int) -> str:
+    """What the changes since the last run mean for what it left."""
+    num_trained = sum(store.exists(f"sections/{name}/{RESULT_FILE}") for name in store.child("sections").list_names())
+    before = set() if earlier.plan is None else {boundary.digest for boundary in earlier.plan.boundaries}
+    same = sum(boundary.digest in before for boundary in plan.boundaries)
+    again = max(0, num_trained - num_kept)
+    return consequence(trained=num_trained, again=again, boundaries_kept=same, boundaries=len(plan.boundaries))
 
 
 def _mark(store: Store, status: RunStatus) -> None:

@@ -177,7 +177,7 @@ def _packed_bytes(section: SectionPlan) -> int:
 
 def _notes(session: RunSession) -> tuple[str, ...]:
     plan, splits = session.context.plan, session.prepared.splits
-    notes = []
+    notes = [] if session.changes_note is None else [session.changes_note]
     if splits.held_out.labels is None:
         notes.append("The held-out images have no labels: agreement with the teacher stands in for accuracy.")
     if splits.test is None:

@@ -64,6 +64,8 @@ class RunSession:
     emit: Emit
     started: float
     started_at: str
+    changes_note: str | None = None
+    """What changed since the run before, and what is done again therefore."""
 
     @property
     def pending(self) -> tuple[SectionTask, ...]:

@@ -13,7 +13,7 @@ from dcq_ray.records.version import FORMAT_VERSION
 class Progress:
     """Where one piece of work stands: a line on the screen."""
 
-    phase: Literal["teacher", "plan", "dump", "train", "reduce", "baseline"]
+    phase: Literal["teacher", "plan", "changed", "dump", "train", "reduce", "baseline"]
     index: int | None = None
     """The section, in phase train."""
     state: Literal["waiting", "running", "done", "reused", "failed"] = "running"
