@@ -7,6 +7,7 @@
     ├── TeacherError            1   the teacher cannot be built, loaded, fitted or trusted
     ├── PartitionError          1   the teacher cannot be traced or cut as asked
     ├── QuantizeError           1   a quantizer cannot be put on a module
+    ├── ExportError             1   an exported file cannot be made, is damaged, or differs from its student
     ├── StorageError            1   a file or folder cannot be read or written
     │   └── ShardError          1   a shard or its manifest is missing, damaged or foreign
     ├── SectionTrainingError    1   a section diverged or its worker failed
@@ -58,6 +59,10 @@ class PartitionError(DcqError):
 
 class QuantizeError(DcqError):
     """A quantizer that cannot be put on a module."""
+
+
+class ExportError(DcqError):
+    """An exported file that cannot be made, is damaged, or gives other results than its student."""
 
 
 class StorageError(DcqError):

@@ -1,0 +1,1 @@
+"""A finished student in a form to ship, and back."""
