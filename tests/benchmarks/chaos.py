@@ -246,7 +246,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws kinds, moments and victims")
     parser.add_argument("--kills-per-run", type=int, default=3, choices=[1, 2, 3], help="Ray tries a task four times")
     parser.add_argument("--job", type=Path, default=DEFAULT_JOB, help="default: ResNet-20 on 1,024 images, 4 sections")
-    )
     parser.add_argument("--only", nargs="+", choices=[*KINDS, MIXED], default=[], help="kinds of kills; default: all")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, stopped)
