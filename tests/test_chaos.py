@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import yaml
 from benchmarks import chaos
-from benchmarks.chaos import KINDS, MIXED, Run, difference, draw_kills, summary, table
+from benchmarks.chaos import KINDS, MIXED, Run, difference, draw_kills, parsed, summary, table
 from benchmarks.chaos_cluster import MARKER, Process, marked, processes, send
 from benchmarks.checkpoint_cost import Training, ratios
+
+from dcq_ray.jobfile import load_job
 
 SEEN = {"task": (4.0, 5.0), "actor": (10.0, 11.0, 12.0), "raylet": (4.0, 10.0), "cut": (4.0, 10.0), "driver": (1.0,)}
 UNDISTURBED = Run(kind="", seconds=20.0, digest="a", section_digests=("x", "y"), seen=SEEN)
@@ -29,6 +31,12 @@ def test_kills_are_drawn_from_moments_that_had_a_victim_and_are_the_seed_s() -> 
         assert [kill.seconds for kill in kills] == sorted(kill.seconds for kill in kills)
         assert all(kill.seconds in SEEN[kill.kind] for kill in kills)
         assert {kill.kind for kill in kills} == (set(KINDS) if kind == MIXED else {kind})
+
+
+def test_the_benchmark_s_own_job_has_cuts_that_do_not_depend_on_measured_costs() -> None:
+    job = load_job(str(parsed([]).job), environment={})
+    assert job.sections.cuts is not None
+    assert len(job.sections.cuts) == 3
 
 
 def test_seconds_lost_and_students_by_hand() -> None:

@@ -239,15 +239,20 @@ def stopped(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run and print."""
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="draws kinds, moments and victims")
     parser.add_argument("--kills-per-run", type=int, default=3, choices=[1, 2, 3], help="Ray tries a task four times")
     parser.add_argument("--job", type=Path, default=DEFAULT_JOB, help="default: ResNet-20 on 1,024 images, 4 sections")
     parser.add_argument("--only", nargs="+", choices=[*KINDS, MIXED], default=[], help="kinds of kills; default: all")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run and print."""
+    options = parsed(arguments)
     signal.signal(signal.SIGTERM, stopped)
     started = time.monotonic()
     # Ray's sockets have paths of at most 107 characters.
