@@ -11,6 +11,7 @@ import traceback
 import click
 
 from dcq_ray.cli.baseline import baseline
+from dcq_ray.cli.export import export
 from dcq_ray.cli.gc import gc
 from dcq_ray.cli.inspect import evaluate, ls, report, schema, status
 from dcq_ray.cli.prepare import plan, teacher
@@ -30,7 +31,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, teacher, baseline, report, status, ls, evaluate, schema, gc):
+for _command in (run, plan, teacher, baseline, report, status, ls, evaluate, schema, gc, export):
     cli.add_command(_command)
 
 
