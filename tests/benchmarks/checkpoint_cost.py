@@ -4,7 +4,8 @@
 
 Every section is trained from the nearest levels without checkpoints, at the default pace (30 s, and at epochs' ends as long as that
 costs little) and at 2 s, one after the other in a rotating order. The ratios are of processor seconds, each of a training to the
-one without checkpoints beside it; the median is over sections and repeats. A Markdown table goes to standard output. Exits with 1
+one without checkpoints beside it; the median is over sections and repeats. What the saves themselves took, copying the state
+apart, stands beside: a ratio means little where others use the same cores. A Markdown table goes to standard output. Exits with 1
 where a median is above the bar. What a killed worker loses is in chaos.py's row of actors.
 """
 
@@ -153,15 +154,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     plain_seconds = statistics.mean(paced[None].cpu_seconds for paced in found)
     print(f"{os.cpu_count()} cores; {len(found)} trainings a pace, {plain_seconds:.1f} processor seconds each without")
-    print("\n| checkpoints, s | saved, mean | processor ms each | ratio, median | least | most |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("\n| checkpoints, s | saved, mean | processor ms each | share in saves | ratio, median | least | most |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     by_pace = ratios(found)
     for pace, values in by_pace.items():
         saves = [seconds for paced in found for seconds in paced[pace].save_cpu_seconds]
         each = f"{1000 * statistics.mean(saves):.0f}" if saves else "-"
+        share = sum(saves) / sum(paced[pace].cpu_seconds for paced in found)
         print(
-            f"| {pace:g} | {len(saves) / len(found):.1f} | {each} | {statistics.median(values):.3f} | {values[0]:.3f} "
-            f"| {values[-1]:.3f} |"
+            f"| {pace:g} | {len(saves) / len(found):.1f} | {each} | {100 * share:.2f} % | {statistics.median(values):.3f} "
+            f"| {values[0]:.3f} | {values[-1]:.3f} |"
         )
     return 1 if any(statistics.median(values) > 1 + MAX_ADDED for values in by_pace.values()) else 0
 
