@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
+import math
 import os
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dcq_ray.errors import ShardError, StorageError
-from dcq_ray.records import FORMAT_VERSION, ShardInfo, ShardManifest, from_json, to_json
+from dcq_ray.records import FORMAT_VERSION, ShardInfo, ShardManifest, seal_json, unseal_json
 from dcq_ray.storage import Copies, Store, copied, local_copies
 
 MAX_SAMPLES_PER_SHARD = 1024
@@ -69,7 +69,7 @@ def write_shard(store: Store, *, index: int, array: Array, dtype: str, compressi
         num_bytes=hashing.num_bytes,
         sha256=hashing.hexdigest(),
     )
-    store.write_bytes(_sidecar_name(index), _sealed(to_json(info)))
+    store.write_bytes(_sidecar_name(index), seal_json(info))
     return info
 
 
@@ -84,7 +84,7 @@ def finished_shards(store: Store) -> dict[int, ShardInfo]:
     for name in store.list_names():
         if name.startswith("shard-") and name.endswith(".json"):
             with contextlib.suppress(ValueError, StorageError):
-                info = from_json(ShardInfo, _unsealed(store.read_bytes(name)))
+                info = unseal_json(ShardInfo, store.read_bytes(name))
                 if store.size(info.file_name) == info.num_bytes and name == _sidecar_name(info.index):
                     found[info.index] = info
     return found
@@ -92,7 +92,7 @@ def finished_shards(store: Store) -> dict[int, ShardInfo]:
 
 def commit_manifest(store: Store, manifest: ShardManifest) -> None:
     """Make a boundary's shards count, and remove the sidecars."""
-    store.write_bytes(MANIFEST_FILE, _sealed(to_json(manifest)))
+    store.write_bytes(MANIFEST_FILE, seal_json(manifest))
     for shard in manifest.shards:
         store.delete(_sidecar_name(shard.index))
 
@@ -108,7 +108,7 @@ def load_manifest(store: Store, *, digest: str) -> ShardManifest | None:
         return None
     where = store.location(MANIFEST_FILE)
     try:
-        manifest = from_json(ShardManifest, _unsealed(content))
+        manifest = unseal_json(ShardManifest, content)
     except ValueError as error:
         raise _damaged(where, f"it is damaged ({str(error).splitlines()[0]})") from error
     if manifest.format_version != FORMAT_VERSION or manifest.digest != digest:
@@ -255,6 +255,8 @@ def _open_shard(
         metadata = table.schema.metadata or {}
         if metadata.get(b"digest") != manifest.digest.encode() or metadata.get(b"index") != str(shard.index).encode():
             raise _damaged(where, "it is a shard of another boundary, or of another place")
+        if table.num_record_batches != 1:
+            raise _damaged(where, f"it has {table.num_record_batches} batches of samples, expected one")
         rows: Array = table.get_batch(0).column(COLUMN).to_numpy_ndarray()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise _damaged(where, f"it cannot be read ({str(error).splitlines()[0]})") from error
@@ -262,6 +264,8 @@ def _open_shard(
         raise _damaged(
             where, f"it has {len(rows)} samples of {rows.dtype}, expected {shard.num_samples} of {manifest.dtype}"
         )
+    if rows.size != len(rows) * math.prod(manifest.shape):
+        raise _damaged(where, f"its samples have {rows[0].size} numbers, expected the shape {list(manifest.shape)}")
     return rows.reshape(len(rows), *manifest.shape)
 
 
@@ -271,23 +275,6 @@ def _damaged(where: str, what: str) -> ShardError:
 
 def _sidecar_name(index: int) -> str:
     return f"shard-{index:05d}.json"
-
-
-def _sealed(content: bytes) -> bytes:
-    """JSON with a digest of itself, so that any edited byte is noticed."""
-    value = json.loads(content)
-    return json.dumps({"sha256": _value_sha256(value), "content": value}, indent=2).encode() + b"\n"
-
-
-def _unsealed(content: bytes) -> bytes:
-    sealed = json.loads(content)
-    if not isinstance(sealed, dict) or sealed.get("sha256") != _value_sha256(sealed.get("content")):
-        raise ValueError("its content does not have the digest that it states")
-    return json.dumps(sealed["content"]).encode()
-
-
-def _value_sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 class _HashingFile:

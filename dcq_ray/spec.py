@@ -170,6 +170,9 @@ class DataSpec(SpecModel):
     held_out_samples: PositiveInt | None = None
     """Taken from the train set, never trained on; null: a tenth of it, at most 5,000."""
     test_samples: PositiveInt | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do with a chosen image that cannot be read, has NaN, or another size than the first: fail names it; skip leaves it
+    out and counts it in the report. To know them, skip reads every chosen image once in every process."""
     batch_size: PositiveInt = 128
     """Images per forward pass of the teacher in dump and validation."""
 

@@ -40,8 +40,10 @@ from dcq_ray.records import (
     Timings,
     ValidationReport,
     from_json,
+    seal_json,
     to_json,
     to_jsonable,
+    unseal_json,
 )
 from dcq_ray.spec import Job
 
@@ -437,3 +439,28 @@ def test_progress_defaults() -> None:
         *("images", None, None, None),
         "",
     )
+
+
+def test_a_sealed_record_comes_back_and_any_other_content_is_noticed() -> None:
+    sealed = seal_json(MEASUREMENT)
+    assert unseal_json(SectionMeasurement, sealed) == MEASUREMENT
+    assert unseal_json(float, seal_json(0.5)) == 0.5
+    assert json.loads(sealed)["agreement_alone"] == 0.99
+    with pytest.raises(ValueError, match="does not have the digest"):
+        unseal_json(SectionMeasurement, sealed.replace(b"0.99", b"0.98"))
+    with pytest.raises(ValueError, match="does not have the digest"):
+        unseal_json(SectionMeasurement, to_json(MEASUREMENT))
+    with pytest.raises(ValueError, match="nested too deeply"):
+        unseal_json(SectionMeasurement, b"[" * 100_000)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_flipped_byte_of_a_sealed_record_changes_nothing_or_is_a_value_error(data: Any) -> None:
+    sealed = bytearray(seal_json(MEASUREMENT))
+    sealed[data.draw(st.integers(0, len(sealed) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        found = unseal_json(SectionMeasurement, bytes(sealed))
+    except ValueError:
+        return
+    assert found == MEASUREMENT

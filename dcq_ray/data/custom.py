@@ -16,7 +16,7 @@ from PIL import Image
 
 from dcq_ray.callables import describe_failure, load_callable
 from dcq_ray.data.pixels import from_pillow
-from dcq_ray.data.source import Source, Sources, array_source, checked_images, checked_labels
+from dcq_ray.data.source import Source, Sources, array_source, checked_images, checked_labels, out_of_range
 from dcq_ray.errors import DataError
 from dcq_ray.spec import DataSpec
 
@@ -51,6 +51,7 @@ def custom_sources(data: DataSpec, *, job_folder: str) -> Sources:
 
 def _source(value: Any, part: str, data: DataSpec) -> Source | None:
     where = f"data.dataset ({data.dataset}, {part})"
+    skip, unread = data.on_error == "skip", dict[int, str]()
     if value is None:
         return None
     if isinstance(value, tuple | list):
@@ -58,37 +59,58 @@ def _source(value: Any, part: str, data: DataSpec) -> Source | None:
             raise DataError(f"{where}: got a {type(value).__name__} of {len(value)}, {_EXPECTED}")
         images, labels = value
     elif hasattr(value, "__getitem__") and hasattr(value, "__len__") and not hasattr(value, "shape"):
-        images, labels = _read_dataset(value, where)
+        images, labels, unread = _read_dataset(value, where, skip=skip)
     else:
         raise DataError(f"{where}: got a {type(value).__name__}, {_EXPECTED}")
-    checked = checked_images(_array(images), where)
+    checked = checked_images(_array(images), where, skip=skip)
     return array_source(
-        checked, None if labels is None else checked_labels(_array(labels), len(checked), where), data=data, where=where
+        checked,
+        None if labels is None else checked_labels(_array(labels), len(checked), where),
+        data=data,
+        where=where,
+        unusable=out_of_range(checked, where) | unread if skip else None,
     )
 
 
-def _read_dataset(dataset: Any, where: str) -> tuple[NDArray[Any], list[int]]:
-    """Every (image, label) of a Dataset."""
-    images: list[NDArray[Any]] = []
+def _read_dataset(dataset: Any, where: str, *, skip: bool) -> tuple[NDArray[Any], list[int], dict[int, str]]:
+    """Every (image, label) of a Dataset, and with `skip` index -> why of those that stand there as zeros."""
+    images: list[NDArray[Any] | None] = []
     labels: list[int] = []
+    unread: dict[int, str] = {}
+    first: NDArray[Any] | None = None
     for index in range(len(dataset)):
-        name = f"{index} of {where}"
         try:
-            image, label = dataset[index]
-            labels.append(int(label))
-        except Exception as raised:
-            raise DataError(
-                f"image {name}: expected a pair (image, label), but reading it raised {describe_failure(raised)}"
-            ) from raised
-        images.append(_image(image, name))
-        if images[-1].shape != images[0].shape or images[-1].dtype != images[0].dtype:
-            raise DataError(
-                f"image {name}: got {images[-1].dtype} {list(images[-1].shape)} after {images[0].dtype} "
-                f"{list(images[0].shape)}, expected one shape; resize images in the Dataset's transform"
-            )
-    if not images:
-        raise DataError(f"{where}: got a Dataset of length 0, expected at least one image")
-    return np.stack(images), labels
+            image, label = _read_pair(dataset, index, f"{index} of {where}", first)
+        except DataError as error:
+            if not skip:
+                raise
+            unread[index] = str(error)
+            image, label = None, 0
+        first = image if first is None else first
+        images.append(image)
+        labels.append(label)
+    if first is None:
+        reason = f": {next(iter(unread.values()))}" if unread else ""
+        raise DataError(f"{where}: got a Dataset without an image that can be read, expected at least one{reason}")
+    return np.stack([np.zeros_like(first) if image is None else image for image in images]), labels, unread
+
+
+def _read_pair(dataset: Any, index: int, name: str, first: NDArray[Any] | None) -> tuple[NDArray[Any], int]:
+    """The image and the label at an index; raises DataError where it cannot be read or is unlike the first."""
+    try:
+        value, label = dataset[index]
+        label = int(label)
+    except Exception as raised:
+        raise DataError(
+            f"image {name}: expected a pair (image, label), but reading it raised {describe_failure(raised)}"
+        ) from raised
+    image = _image(value, name)
+    if first is not None and (image.shape != first.shape or image.dtype != first.dtype):
+        raise DataError(
+            f"image {name}: got {image.dtype} {list(image.shape)} after {first.dtype} {list(first.shape)}, expected one "
+            "shape; resize images in the Dataset's transform"
+        )
+    return image, label
 
 
 def _image(image: Any, name: str) -> NDArray[Any]:

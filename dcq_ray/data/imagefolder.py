@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcq_ray.data.choice import Indices
-from dcq_ray.data.pixels import Pixels, decode, shaped_together, size_of
+from dcq_ray.data.pixels import Pixels, Size, decode, shaped_together, size_of
 from dcq_ray.data.source import Source, Sources
 from dcq_ray.digests import json_sha256
 from dcq_ray.errors import DataError
@@ -72,6 +72,7 @@ def _source(root: Path, part: str, classes: Sequence[str], data: DataSpec) -> So
         num_images=len(files),
         labels=np.array(labels, np.int64) if own_classes else None,
         pick=partial(_pick, root, files, data),
+        check=partial(_size, root, files),
     )
 
 
@@ -87,11 +88,26 @@ def _image_files(root: Path, folder: Path) -> list[str]:
 
 def _pick(root: Path, files: Sequence[str], data: DataSpec, indices: Indices) -> Pixels:
     chosen = [files[index] for index in indices]
-    states = [(root / name).stat() for name in chosen]
+    states = [_state(root / name) for name in chosen]
     if data.image_size is None:
         _check_sizes(root, chosen)
     identity = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(chosen, states, strict=True)]
     return Pixels(num_images=len(chosen), read=partial(_read, root, chosen, data), sha256=json_sha256(identity))
+
+
+def _state(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"image {path}: it cannot be read ({error.strerror}); put it back or remove it, or set data.on_error: skip"
+        ) from error
+
+
+def _size(root: Path, files: Sequence[str], index: int) -> Size:
+    path = root / files[index]
+    height, width = decode(path, str(path)).shape[2:]
+    return height, width
 
 
 def _check_sizes(root: Path, names: Sequence[str]) -> None:

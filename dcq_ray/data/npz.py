@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcq_ray.data.choice import Indices
-from dcq_ray.data.pixels import IMAGES_AT_ONCE, Pixels, decode, pixels_of, shaped_together
+from dcq_ray.data.pixels import IMAGES_AT_ONCE, Pixels, Size, decode, pixels_of, shaped_together
 from dcq_ray.data.source import Source, Sources, array_source, checked_images, checked_labels
 from dcq_ray.errors import DataError
 from dcq_ray.spec import DataSpec
@@ -49,8 +49,13 @@ def _source(path: Path, data: DataSpec) -> Source:
         content, offsets = arrays["jpeg"], arrays["offsets"]
         _check_files(content, offsets, where)
         labels = _labels(arrays, len(offsets) - 1, where)
-        pick = partial(_pick, content, offsets, data, where)
-        return Source(where=where, num_images=len(offsets) - 1, labels=labels, pick=pick)
+        return Source(
+            where=where,
+            num_images=len(offsets) - 1,
+            labels=labels,
+            pick=partial(_pick, content, offsets, data, where),
+            check=partial(_size, content, offsets, where),
+        )
     raise DataError(
         f"{where}: got keys {', '.join(sorted(arrays)) or 'none'}, expected `images`, or `jpeg` and `offsets`; "
         "write it with numpy.savez(file, images=…, labels=…)"
@@ -114,6 +119,11 @@ def _pick(content: NDArray[Any], offsets: NDArray[Any], data: DataSpec, where: s
             images[position] = image[0]
     assert images is not None, "an empty choice of images"
     return pixels_of(images)
+
+
+def _size(content: NDArray[Any], offsets: NDArray[Any], where: str, index: int) -> Size:
+    height, width = decode(_file(content, offsets, index), f"{index} of {where}").shape[2:]
+    return height, width
 
 
 def _file(content: NDArray[Any], offsets: NDArray[Any], index: int) -> io.BytesIO:

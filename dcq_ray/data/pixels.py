@@ -144,5 +144,6 @@ def _decoding(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise what they please on damaged files
         raise DataError(
-            f"image {name}: it cannot be decoded ({type(error).__name__}: {error}); replace it or remove it"
+            f"image {name}: it cannot be decoded ({type(error).__name__}: {error}); replace it or remove it, or set "
+            "data.on_error: skip"
         ) from error

@@ -7,6 +7,7 @@ none; test images come from the test set.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from dcq_ray.data.choice import Indices, balanced_choice, generator_of
 from dcq_ray.data.custom import custom_sources
 from dcq_ray.data.imagefolder import imagefolder_sources
 from dcq_ray.data.npz import npz_sources
-from dcq_ray.data.pixels import Pixels
+from dcq_ray.data.pixels import Pixels, Size
 from dcq_ray.data.preprocess import Preprocessing, check_transform, load_preprocessing, preprocess
 from dcq_ray.data.source import Source, Sources
 from dcq_ray.digests import json_sha256
@@ -42,6 +43,8 @@ class Part:
     """Of the ordered images, their labels, and all preprocessing."""
     pixels: Pixels
     preprocessing: Preprocessing
+    skipped: tuple[str, ...] = ()
+    """What is wrong with each image that was chosen, but left out."""
 
     def __len__(self) -> int:
         return self.pixels.num_images
@@ -80,11 +83,11 @@ def load_splits(data: DataSpec, *, seed: int, job_folder: str) -> Splits:
             _check_source(source)
     preprocessing = load_preprocessing(data, job_folder=job_folder)
     train_indices, held_out_indices = _choose_train(sources.train, data, seed)
-    train = _part("train", sources.train, train_indices, preprocessing)
-    held_out = _part("held-out", sources.train, held_out_indices, preprocessing)
+    train = _part("train", sources.train, train_indices, preprocessing, data)
+    held_out = _part("held-out", sources.train, held_out_indices, preprocessing, data)
     test = None
     if sources.test is not None:
-        test = _part("test", sources.test, _choose_test(sources.test, data, seed), preprocessing)
+        test = _part("test", sources.test, _choose_test(sources.test, data, seed), preprocessing, data)
     elif data.test_samples is not None:
         raise DataError(
             f"data.test_samples: got {data.test_samples}, but {sources.train.where} comes without a test set"
@@ -163,7 +166,10 @@ def _choose_test(source: Source, data: DataSpec, seed: int) -> Indices:
     return balanced_choice(source.labels, source.num_images, data.test_samples, generator_of(seed, _TEST))
 
 
-def _part(name: str, source: Source, indices: Indices, preprocessing: Preprocessing) -> Part:
+def _part(name: str, source: Source, indices: Indices, preprocessing: Preprocessing, data: DataSpec) -> Part:
+    skipped: tuple[str, ...] = ()
+    if data.on_error == "skip" and source.check is not None:
+        indices, skipped = _usable(source, source.check, indices, any_size=data.image_size is not None)
     pixels = source.pick(indices)
     labels = None if source.labels is None else source.labels[indices]
     identity = {
@@ -171,7 +177,42 @@ def _part(name: str, source: Source, indices: Indices, preprocessing: Preprocess
         "labels": None if labels is None else hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
         "preprocessing": preprocessing.identity,
     }
-    return Part(name=name, labels=labels, sha256=json_sha256(identity), pixels=pixels, preprocessing=preprocessing)
+    return Part(
+        name=name,
+        labels=labels,
+        sha256=json_sha256(identity),
+        pixels=pixels,
+        preprocessing=preprocessing,
+        skipped=skipped,
+    )
+
+
+def _usable(
+    source: Source, check: Callable[[int], Size], indices: Indices, *, any_size: bool
+) -> tuple[Indices, tuple[str, ...]]:
+    """The indices of the images that can be read and, unless they are resized, have the first one's size; and the reasons.
+
+    Raises DataError where none is left.
+    """
+    kept: list[int] = []
+    skipped: list[str] = []
+    first: Size | None = None
+    for index in map(int, indices):
+        try:
+            size = check(index)
+        except DataError as error:
+            skipped.append(str(error))
+            continue
+        first = size if first is None else first
+        if size == first or any_size:
+            kept.append(index)
+        else:
+            skipped.append(
+                f"image {index} of {source.where}: got {size[0]}x{size[1]} pixels after one of {first[0]}x{first[1]}"
+            )
+    if not kept:
+        raise DataError(f"{source.where}: none of {len(indices)} chosen images can be used; the first: {skipped[0]}")
+    return np.array(kept, np.int64), tuple(skipped)
 
 
 def _shape(part: Part) -> tuple[int, ...]:

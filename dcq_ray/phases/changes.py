@@ -13,7 +13,7 @@ from typing import Any
 
 from dcq_ray.errors import DcqError
 from dcq_ray.jobfile import parse_job
-from dcq_ray.records import PartitionPlan, RunReport, from_json
+from dcq_ray.records import PartitionPlan, RunReport, unseal_json
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store
 
@@ -47,7 +47,7 @@ def earlier_run(store: Store, report: RunReport | None) -> Earlier:
     content = store.read_bytes_or_none(PLAN_FILE)
     if content is not None:
         with contextlib.suppress(ValueError):
-            plan = from_json(PartitionPlan, content)
+            plan = unseal_json(PartitionPlan, content)
     return Earlier(job=job, plan=plan, versions=None if report is None else report.versions)
 
 

@@ -24,7 +24,7 @@ from dcq_ray.losses import smoothed_cross_entropy
 from dcq_ray.partition import prefix_digests, trace_teacher
 from dcq_ray.phases.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, save_teacher, teacher_store
-from dcq_ray.records import Progress, from_json, to_json
+from dcq_ray.records import Progress, seal_json, unseal_json
 from dcq_ray.section import TrainingState, train_module
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, hold_boundary
@@ -119,7 +119,7 @@ def _kept_teacher(key: str, teacher: Teacher, cache: Store) -> Teacher | None:
     if content is None:
         return None
     try:
-        result = from_json(FitResult, content)
+        result = unseal_json(FitResult, content)
         weights = teacher_store(cache, result.teacher_sha256)
         module = copy.deepcopy(teacher.module)
         state = state_from_bytes(weights.read_bytes(WEIGHTS_FILE), source=weights.uri)
@@ -215,7 +215,7 @@ def _fit(
         held_out_top1s=held_out_top1s,
         seconds=result.seconds,
     )
-    cache.child("fits").write_bytes(f"{key}.json", to_json(committed))
+    cache.child("fits").write_bytes(f"{key}.json", seal_json(committed))
     told = f"held-out {100 * committed.held_out_top1:.2f} % after epoch {epoch + 1} of {fit.epochs}"
     emit(Progress(phase="teacher", state="done", done=total, total=total, unit="steps", detail=told))
     return fitted

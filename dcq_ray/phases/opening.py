@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from dcq_ray.digests import library_versions
+from dcq_ray.digests import library_versions, tensors_sha256
 from dcq_ray.errors import DcqError, RunInterrupted
 from dcq_ray.jobfile import job_yaml
 from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
@@ -37,10 +37,11 @@ from dcq_ray.records import (
     RunReport,
     RunStatus,
     SectionTask,
-    to_json,
+    seal_json,
 )
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, add_use, hold_run, open_store
+from dcq_ray.teacher import state_from_bytes
 
 
 @contextlib.contextmanager
@@ -108,7 +109,7 @@ def open_run(
                 changes_note=changes_note(changed, what_follows, report),
             )
             store.write_bytes(JOB_FILE, job_yaml(job).encode())
-            store.write_bytes(PLAN_FILE, to_json(prepared.plan))
+            store.write_bytes(PLAN_FILE, seal_json(prepared.plan))
             tell(prepared_progress(prepared))
             for number, detail in enumerate((*changed, f"so {what_follows}") if changed else ()):
                 tell(Progress(phase="changed", index=number, state="done", detail=detail))
@@ -152,11 +153,21 @@ def _finished_report(
     context: RunContext, prepared: Prepared, tasks: Sequence[SectionTask], store: Store
 ) -> RunReport | None:
     report = read_report(store)
-    if report is None or report.status != "succeeded" or not store.exists(STUDENT_FILE):
+    if report is None or report.status != "succeeded" or report.student is None:
         return None
-    if report.run_digest != run_digest(context, prepared, tasks):
+    if report.run_digest != run_digest(context, prepared, tasks) or not _is_whole(store, report.student.sha256):
         return None
     return replace(report, max_drop=context.job.reduce.max_drop)
+
+
+def _is_whole(store: Store, student_sha256: str) -> bool:
+    """Whether the student's file holds what the report says; a damaged one is stitched again."""
+    content = store.read_bytes_or_none(STUDENT_FILE)
+    if content is None:
+        return False
+    with contextlib.suppress(DcqError):
+        return tensors_sha256(state_from_bytes(content, source=store.location(STUDENT_FILE))) == student_sha256
+    return False
 
 
 def _what_follows(store: Store, earlier: Earlier, plan: PartitionPlan, *, num_kept: int) -> str:
@@ -173,4 +184,4 @@ def _mark(store: Store, status: RunStatus) -> None:
     with contextlib.suppress(DcqError):
         report = read_report(store)
         if report is not None and report.status == "running":
-            store.write_bytes(REPORT_FILE, to_json(replace(report, status=status)))
+            store.write_bytes(REPORT_FILE, seal_json(replace(report, status=status)))

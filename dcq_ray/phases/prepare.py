@@ -35,7 +35,7 @@ from dcq_ray.partition import (
 from dcq_ray.phases.context import Emit, save_teacher
 from dcq_ray.phases.fit import fit_teacher, fitted_teacher
 from dcq_ray.quantize import LayerSite, packed_num_bytes, plan_layers
-from dcq_ray.records import Boundary, LayerPlan, PartitionPlan, Progress, SectionPlan, from_json, to_json
+from dcq_ray.records import Boundary, LayerPlan, PartitionPlan, Progress, SectionPlan, seal_json, unseal_json
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, open_store
 from dcq_ray.teacher import Teacher, load_teacher
@@ -254,13 +254,13 @@ def cutting_costs(
     content = store.read_bytes_or_none(f"{key}.json")
     if content is not None:
         try:
-            return from_json(CutCosts, content)
+            return unseal_json(CutCosts, content)
         except ValueError:
             # A damaged measurement is measured again.
             pass
     costs = measure_costs(traced, example[:COST_BATCH_SIZE], repeats=COST_REPEATS)
     if save:
-        store.write_bytes(f"{key}.json", to_json(costs))
+        store.write_bytes(f"{key}.json", seal_json(costs))
     return costs
 
 
@@ -281,11 +281,11 @@ def held_out_top1(job: Job, teacher: Teacher, splits: Splits, *, device: torch.d
     content = store.read_bytes_or_none(f"top1-{key}.json")
     if content is not None:
         try:
-            return from_json(float, content)
+            return unseal_json(float, content)
         except ValueError:
             pass
     top1 = part_top1(teacher.module, splits.held_out, job.data.batch_size, device)
-    store.write_bytes(f"top1-{key}.json", to_json(top1))
+    store.write_bytes(f"top1-{key}.json", seal_json(top1))
     return top1
 
 

@@ -32,8 +32,8 @@ from dcq_ray.records import (
     SectionMeasurement,
     SectionResult,
     ValidationReport,
-    from_json,
-    to_json,
+    seal_json,
+    unseal_json,
 )
 from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm, stitch
 from dcq_ray.storage import open_store
@@ -80,7 +80,7 @@ def measured_section(context: RunContext, result: SectionResult) -> SectionMeasu
     if content is None:
         return None
     try:
-        found = from_json(SectionMeasurement, content)
+        found = unseal_json(SectionMeasurement, content)
     except ValueError:
         return None
     return found if found.task_digest == result.task_digest else None
@@ -132,7 +132,7 @@ def measure_sections(
             cpu_seconds=cpu_seconds,
         )
         store = section_store(context, result.index).child(result.attempt)
-        store.write_bytes(MEASUREMENT_FILE, to_json(measurement))
+        store.write_bytes(MEASUREMENT_FILE, seal_json(measurement))
         measurements.append(measurement)
     return tuple(measurements)
 
@@ -159,7 +159,7 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
     content = store.read_bytes_or_none(SCORES_FILE)
     if content is not None:
         try:
-            found = from_json(TestScores, content)
+            found = unseal_json(TestScores, content)
             if found.key == key:
                 return found
         except ValueError:
@@ -179,7 +179,7 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
         untrained_top1=untrained_top1,
         cpu_seconds=time.process_time() - start_cpu_seconds,
     )
-    store.write_bytes(SCORES_FILE, to_json(scores))
+    store.write_bytes(SCORES_FILE, seal_json(scores))
     return scores
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from dcq_ray.data import Splits
 from dcq_ray.digests import library_versions
 from dcq_ray.errors import SectionTrainingError
 from dcq_ray.phases.predict import makespan_lower_bound
@@ -138,6 +139,7 @@ def draft_report(
         versions=library_versions(),
         started_at=session.started_at,
         num_test_samples=0 if splits.test is None else len(splits.test),
+        num_skipped_images=len(_skipped(splits)),
         max_drop=session.context.job.reduce.max_drop,
     )
 
@@ -178,6 +180,9 @@ def _packed_bytes(section: SectionPlan) -> int:
 def _notes(session: RunSession) -> tuple[str, ...]:
     plan, splits = session.context.plan, session.prepared.splits
     notes = [] if session.changes_note is None else [session.changes_note]
+    skipped = _skipped(splits)
+    if skipped:
+        notes.append(f"Left out, since they cannot be used: {len(skipped)} images; the first: {skipped[0]}.")
     if splits.held_out.labels is None:
         notes.append("The held-out images have no labels: agreement with the teacher stands in for accuracy.")
     if splits.test is None:
@@ -185,6 +190,12 @@ def _notes(session: RunSession) -> tuple[str, ...]:
     elif splits.test.labels is None:
         notes.append("The test images have no labels: accuracy on test images is not given.")
     return (*notes, *plan_notes(plan, session.context.job))
+
+
+def _skipped(splits: Splits) -> list[str]:
+    """What is wrong with each image that was left out."""
+    parts = (part for part in (splits.train, splits.held_out, splits.test) if part is not None)
+    return [f"{part.name}: {reason}" for part in parts for reason in part.skipped]
 
 
 def plan_notes(plan: PartitionPlan, job: Job) -> tuple[str, ...]:

@@ -22,8 +22,8 @@ from dcq_ray.records import (
     RunReport,
     SectionResult,
     SectionTask,
-    from_json,
-    to_json,
+    seal_json,
+    unseal_json,
 )
 from dcq_ray.storage import Store
 
@@ -104,14 +104,14 @@ class RunSession:
         if cpu_seconds:
             seconds = time.monotonic() - started
             cost = DumpCost(plan_key=self.context.plan.key, seconds=seconds, cpu_seconds=cpu_seconds)
-            self.store.write_bytes(DUMP_FILE, to_json(cost))
+            self.store.write_bytes(DUMP_FILE, seal_json(cost))
 
     def dump_cost(self) -> DumpCost:
         """What the dump of this plan cost."""
         content = self.store.read_bytes_or_none(DUMP_FILE)
         if content is not None:
             with contextlib.suppress(ValueError):
-                found = from_json(DumpCost, content)
+                found = unseal_json(DumpCost, content)
                 if found.plan_key == self.context.plan.key:
                     return found
         return DumpCost(plan_key=self.context.plan.key, seconds=0.0, cpu_seconds=0.0)
@@ -131,7 +131,7 @@ def run_digest(context: RunContext, prepared: Prepared, tasks: Sequence[SectionT
 
 def write_report(session: RunSession, report: RunReport) -> None:
     """Commit a report to the run directory."""
-    session.store.write_bytes(REPORT_FILE, to_json(report))
+    session.store.write_bytes(REPORT_FILE, seal_json(report))
 
 
 def read_report(store: Store) -> RunReport | None:
@@ -140,7 +140,7 @@ def read_report(store: Store) -> RunReport | None:
     if content is None:
         return None
     try:
-        return from_json(RunReport, content)
+        return unseal_json(RunReport, content)
     except ValueError:
         return None
 
@@ -185,7 +185,7 @@ def kept_baseline(session: RunSession, method: str, budget: str) -> BaselineRepo
     content = session.store.read_bytes_or_none(_baseline_file(method, budget))
     if content is not None:
         with contextlib.suppress(ValueError):
-            kept = from_json(KeptBaseline, content)
+            kept = unseal_json(KeptBaseline, content)
             if kept.key == baseline_key(session, method, budget):
                 return kept.baseline
     return None
@@ -206,7 +206,7 @@ def keep_baseline(session: RunSession, baseline: BaselineReport) -> RunReport | 
     """Keep a rival beside the run, and give the run's report with its row where the run is finished."""
     key = baseline_key(session, baseline.method, baseline.budget)
     file = _baseline_file(baseline.method, baseline.budget)
-    session.store.write_bytes(file, to_json(KeptBaseline(key=key, baseline=baseline)))
+    session.store.write_bytes(file, seal_json(KeptBaseline(key=key, baseline=baseline)))
     if session.finished_report is None:
         return None
     report = with_baselines(session.finished_report, kept_baselines(session))

@@ -37,8 +37,8 @@ from dcq_ray.records import (
     SectionFailure,
     SectionResult,
     SectionTask,
-    from_json,
-    to_json,
+    seal_json,
+    unseal_json,
 )
 from dcq_ray.section import TrainingResult, TrainingState, train_module
 from dcq_ray.shards import sample_order, samples_per_shard
@@ -90,7 +90,7 @@ def finished_section(context: RunContext, task: SectionTask) -> SectionResult | 
     if content is None:
         return None
     try:
-        result = from_json(SectionResult, content)
+        result = unseal_json(SectionResult, content)
         if result.task_digest == task.digest and result.index == task.index:
             section_weights(context, result)
             return result
@@ -278,7 +278,7 @@ def commit_section(
         loss_curve=result.loss_curve,
     )
     refuse_stale(context)
-    store.write_bytes(RESULT_FILE, to_json(committed))
+    store.write_bytes(RESULT_FILE, seal_json(committed))
     return committed
 
 

@@ -132,4 +132,6 @@ class RunReport:
     versions: dict[str, str]
     started_at: str
     num_test_samples: int
+    num_skipped_images: int = 0
+    """Chosen ones that could not be used, where `data.on_error` is skip."""
     max_drop: float | None

@@ -14,7 +14,7 @@ from dcq_ray.phases.context import WEIGHTS_FILE, section_store
 from dcq_ray.phases.polish import Judge, judge_of
 from dcq_ray.phases.reduce import MEASUREMENT_FILE, merge
 from dcq_ray.phases.train import RESULT_FILE, section_weights
-from dcq_ray.records import Progress, from_json, to_json
+from dcq_ray.records import Progress, seal_json, unseal_json
 from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
 from dcq_ray.search.library import Library
 from dcq_ray.stitch import stitch
@@ -165,7 +165,7 @@ def combination_score(library: Library, choices: Sequence[int], judge: Judge, st
     content = store.read_bytes_or_none(name)
     if content is not None:
         with contextlib.suppress(ValueError):
-            found = from_json(Measured, content)
+            found = unseal_json(Measured, content)
             if found.key == key:
                 return found.score
     layers = [layer for k, number in enumerate(choices) for layer in members[number].context.plan.sections[k].layers]
@@ -176,7 +176,7 @@ def combination_score(library: Library, choices: Sequence[int], judge: Judge, st
         score = steps[-1].score_after if steps[-1].accepted else steps[-1].score_before
     else:
         score = judge(student)
-    store.write_bytes(name, to_json(Measured(key=key, score=score)))
+    store.write_bytes(name, seal_json(Measured(key=key, score=score)))
     return score
 
 
@@ -202,7 +202,7 @@ def take_sections(library: Library, choices: Sequence[int], run_dir: Store) -> N
         for name in (WEIGHTS_FILE, MEASUREMENT_FILE):
             target.child(result.attempt).write_bytes(name, source.child(result.attempt).read_bytes(name))
         # Written last: it marks the section as finished.
-        target.write_bytes(RESULT_FILE, to_json(result))
+        target.write_bytes(RESULT_FILE, seal_json(result))
 
 
 def _smallest(front: Sequence[Combination], is_enough: Callable[[Combination], bool]) -> Combination:
