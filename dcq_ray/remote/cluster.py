@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -15,13 +14,10 @@ from typing import Any
 
 import ray
 
-from dcq_ray.errors import ClusterError, StorageError
+from dcq_ray.errors import ClusterError
 from dcq_ray.spec import Job
-from dcq_ray.storage import open_store
 
 PROBE_SECONDS = 2.0
-# A node may have to start a worker process first, and load this package there.
-NODE_ANSWER_SECONDS = 120.0
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HTTP2_SETTINGS_TYPE = 4
 # A frame's header: length in three bytes, type, flags, stream in four.
@@ -99,7 +95,7 @@ def _find_cluster(address: str, environment: Mapping[str, str]) -> str | None:
                 "GCS port (6379 unless told), or ray://HOST:10001 for the client port? Use --address local to start one here"
             )
         return address
-    candidates = [environment.get("RAY_ADDRESS"), _address_file(environment)]
+    candidates = [environment.get("RAY_ADDRESS"), address_file(environment)]
     for candidate in candidates:
         # A Ray job's own address may be "auto": the file below then says what it means.
         if candidate and candidate not in ("auto", "local") and answers(candidate, PROBE_SECONDS):
@@ -107,7 +103,8 @@ def _find_cluster(address: str, environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def _address_file(environment: Mapping[str, str]) -> str | None:
+def address_file(environment: Mapping[str, str]) -> str | None:
+    """The GCS address of this machine's own Ray, as Ray notes it; what it names may be gone."""
     path = os.path.join(environment.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
     try:
         with open(path, encoding="utf-8") as file:
@@ -168,87 +165,6 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
             f"({have}); lower resources.cpus_per_section or resources.gpus_per_section"
         )
     return Share(num_cpus=num_cpus, num_gpus=num_gpus, places=places)
-
-
-def check_shared(folders: Sequence[str]) -> None:
-    """Refuse folders, or URIs, that some node of the cluster does not see as this process does.
-
-    A token is written into each and read by a short task on every node that has CPUs. Where there is no node but this
-    machine's, nothing is asked.
-
-    Raises:
-        ClusterError: it names the nodes and the folders; a node that dies meanwhile is not one of them.
-        StorageError: a folder cannot be written from here.
-    """
-    nodes = {n["NodeID"]: f"{n['NodeManagerHostname']} ({n['NodeManagerAddress']})" for n in ray.nodes() if _works(n)}
-    if set(nodes) <= {_own_node()}:
-        return
-    stores = [open_store(folder) for folder in dict.fromkeys(folders)]
-    name = f".seen-{secrets.token_hex(8)}"
-    with contextlib.ExitStack() as stack:
-        for store in stores:
-            store.write_bytes(name, name.encode())
-            stack.callback(store.delete, name)
-        refuse_unseen(ask_nodes(nodes, tuple(store.uri for store in stores), name))
-
-
-def ask_nodes(nodes: Mapping[str, str], uris: tuple[str, ...], name: str) -> dict[str, dict[str, str]]:
-    """What each node (its id -> how a user knows it) answers: the folders that lack the token of that name, and why."""
-    waiting = {
-        ray.remote(unseen)
-        .options(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False),
-        )
-        .remote(uris, name): told
-        for node, told in nodes.items()
-    }
-    answers = {}
-    ready, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=NODE_ANSWER_SECONDS)
-    for reference in ready:
-        # A node that died is no place where work goes to.
-        with contextlib.suppress(ray.exceptions.RayError):
-            answers[waiting[reference]] = ray.get(reference)
-    for reference in late:
-        ray.cancel(reference)
-        answers[waiting[reference]] = dict.fromkeys(uris, f"no answer within {NODE_ANSWER_SECONDS:g} s")
-    return answers
-
-
-def unseen(uris: tuple[str, ...], name: str) -> dict[str, str]:
-    """Which of these folders do not hold the token of that name here, and why."""
-    found = {}
-    for uri in uris:
-        try:
-            if open_store(uri).read_bytes_or_none(name) != name.encode():
-                found[uri] = "what the driver writes there is not seen"
-        except StorageError as error:
-            found[uri] = str(error)
-    return found
-
-
-def refuse_unseen(answers: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise ClusterError where a node (how a user knows it -> folder -> why) does not see a folder."""
-    blind = {node: why for node, why in answers.items() if why}
-    if not blind:
-        return
-    told = "; ".join(
-        f"node {node}: " + ", ".join(f"{uri} ({why})" for uri, why in found.items()) for node, found in blind.items()
-    )
-    raise ClusterError(
-        f"{len(blind)} of the cluster's {len(answers)} nodes do not see storage.run_dir or storage.cache_dir as the driver does: "
-        f"{told}; name a URI that all nodes reach (such as s3://bucket/runs), or a folder that is mounted on all of them"
-    )
-
-
-def _works(node: Mapping[str, Any]) -> bool:
-    return bool(node["Alive"] and node["Resources"].get("CPU", 0.0) > 0)
-
-
-def _own_node() -> str | None:
-    """The node that runs on this machine, None where this process is a client of a cluster elsewhere."""
-    return None if ray.util.client.ray.is_connected() else ray.get_runtime_context().get_node_id()
 
 
 def node_resources() -> list[dict[str, float]]:

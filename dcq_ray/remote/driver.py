@@ -30,7 +30,8 @@ from dcq_ray.records import (
     SectionResult,
 )
 from dcq_ray.remote.attempts import Attempts, plain_interrupts
-from dcq_ray.remote.cluster import Share, check_shared, connected, node_resources, section_share
+from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
+from dcq_ray.remote.nodes import check_shared
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
 from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, unwrapped

@@ -1,4 +1,4 @@
-"""Every node sees the run and cache directories, or the run ends before it begins."""
+"""Every node has the driver's versions and sees its folders, or the run ends before it begins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from dcq_ray.errors import ClusterError
-from dcq_ray.remote.cluster import ask_nodes, check_shared, refuse_unseen, unseen
+from dcq_ray.remote.nodes import ask_nodes, check_shared, refuse_other_versions, refuse_unseen, unseen, versions
 from dcq_ray.storage import open_store
 
 
@@ -41,6 +41,21 @@ def test_a_token_is_seen_only_where_it_was_written(tmp_path: Path, s3_uri: str) 
     assert "a file stands where a folder" in unseen((str(tmp_path / "file"),), ".seen-1")[str(tmp_path / "file")]
 
 
+def test_a_node_of_another_version_is_named_with_what_differs() -> None:
+    same = versions()
+    refuse_other_versions({"a (10.0.0.1)": same, "b (10.0.0.2)": {}})
+    with pytest.raises(ClusterError) as caught:
+        refuse_other_versions({"a (10.0.0.1)": same, "b (10.0.0.2)": {**same, "torch": "1.0"}})
+    assert str(caught.value) == (
+        "1 of the cluster's 2 nodes have other versions than the driver: node b (10.0.0.2): torch 1.0 (driver: "
+        f"{same['torch']}); install the same on all nodes, since the student depends on them"
+    )
+
+
+def fail(why: str) -> dict[str, str]:
+    raise AssertionError(why)
+
+
 @pytest.fixture
 def two_nodes() -> Iterator[None]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -61,7 +76,11 @@ def test_all_nodes_of_a_cluster_are_asked(two_nodes: None, tmp_path: Path, s3_ur
     assert open_store(run).tree() == open_store(cache).tree() == open_store(s3_uri).tree() == ()
     nodes = {node["NodeID"]: node["NodeID"] for node in ray.nodes()}
     # A token that nobody wrote stands for a folder that only the driver sees.
-    answers = ask_nodes(nodes, (run,), ".seen-never")
+    answers = ask_nodes(nodes, unseen, (run,), ".seen-never", late=fail, broken=fail)
     assert answers == {node: {run: "what the driver writes there is not seen"} for node in nodes}
     with pytest.raises(ClusterError, match="2 of the cluster's 2 nodes do not see"):
         refuse_unseen(answers)
+    # Workers do not find this module, as those of a node do not that lacks the package.
+    broken = ask_nodes(nodes, fail, "never", late=fail, broken=lambda why: {"told": why})
+    assert {why["told"] for why in broken.values()} == {f"ModuleNotFoundError: No module named {__name__!r}"}
+    assert len(broken) == 2
