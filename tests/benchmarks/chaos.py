@@ -200,9 +200,8 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def disturb(root: Path, cluster: Nodes, options: argparse.Namespace) -> list[Run]:
-    """All runs: one left alone, those with kills until there were enough of them, and another one left alone."""
-    runs: list[Run] = []
+def disturb(root: Path, cluster: Nodes, options: argparse.Namespace, runs: list[Run]) -> None:
+    """Add all runs: one left alone, those with kills until there were enough of them, and another one left alone."""
 
     def one(kind: str, kills: Sequence[Kill]) -> Run:
         number = len(runs)
@@ -221,7 +220,7 @@ def disturb(root: Path, cluster: Nodes, options: argparse.Namespace) -> list[Run
     generator = random.Random(options.seed)
     undisturbed = one("", ())
     if undisturbed.digest is None:
-        return runs
+        return
     kinds = [*options.only] or [*KINDS, MIXED]
     num_left = options.kills
     while num_left > 0:
@@ -231,7 +230,6 @@ def disturb(root: Path, cluster: Nodes, options: argparse.Namespace) -> list[Run
         # A run that ended before its last kill counts for those that were made; one that made none counts for one.
         num_left -= max(1, len(run.killed))
     one("", ())
-    return runs
 
 
 def stopped(_signal: int, _frame: object) -> NoReturn:
@@ -257,16 +255,20 @@ def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     # Ray's sockets have paths of at most 107 characters.
     root = Path(tempfile.mkdtemp(prefix="dcq-chaos-", dir="/tmp"))
-    went_wrong = False
+    runs: list[Run] = []
+    interrupted = False
     try:
         with nodes(root, NUM_NODES) as cluster:
-            runs = disturb(root, cluster, options)
-            went_wrong = any(run.digest is None or run.digest != runs[0].digest for run in runs)
+            disturb(root, cluster, options, runs)
     except KeyboardInterrupt:
-        return 130
+        # What was finished until then is told.
+        interrupted = True
     finally:
+        went_wrong = any(run.digest is None or run.digest != runs[0].digest for run in runs)
         if not went_wrong:
             shutil.rmtree(root, ignore_errors=True)
+    if not runs:
+        return 130
     found = summary(runs)
     if went_wrong:
         print(f"kept: {root}", file=sys.stderr)
@@ -274,7 +276,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"\n{os.cpu_count()} cores, {NUM_NODES} nodes; undisturbed: {found['undisturbed_seconds']} s\n\n{table(found)}\n"
     )
     print(json.dumps({**found, "seed": options.seed, "seconds": round(time.monotonic() - started)}))
-    return 1 if found["failed"] or found["differing"] else 0
+    if went_wrong:
+        return 1
+    return 130 if interrupted else 0
 
 
 if __name__ == "__main__":
