@@ -34,7 +34,7 @@ def read_job(job_path: str, overrides: tuple[str, ...], run_dir: str | None = No
     """The job of a file with overrides, and the folder whose modules it may name."""
     if run_dir is not None:
         # Through the same door as --set, so that it is checked in the same way.
-        overrides = (*overrides, f"storage.run_dir={_quoted(run_dir)}")
+        overrides = (*overrides, f"storage.run_dir={quoted(run_dir)}")
     job = load_job(job_path, overrides=overrides, environment=os.environ)
     return job, str(Path(job_path).resolve().parent)
 
@@ -44,6 +44,7 @@ def read_run_job(content: bytes, source: str, overrides: tuple[str, ...]) -> Job
     return parse_job(content, source=source, overrides=overrides, environment=os.environ)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text as the value of an override."""
     # As JSON, which YAML reads as it stands; and a path is no place for variables.
     return json.dumps(text).replace("${", "$${")
