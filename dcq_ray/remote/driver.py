@@ -31,6 +31,7 @@ from dcq_ray.records import (
 )
 from dcq_ray.remote.attempts import Attempts, plain_interrupts
 from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
+from dcq_ray.remote.metrics import counted, metered
 from dcq_ray.remote.nodes import check_shared
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
@@ -68,12 +69,12 @@ def run_remote(
         check_shared((job.storage.run_dir, job.storage.cache_dir))
         device = _cluster_device(share)
         say(f"running on {phrase}: {share.places} sections at once on {device.type}")
-        opened = open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh)
+        opened = open_run(job, job_folder, device=device, emit=metered(emit, job.name), owner=owner, fresh=fresh)
         with opened as session, plain_interrupts():
             if session.finished_report is not None:
                 return session.finished_report
             share = section_share(job, len(session.tasks), node_resources())
-            session.dump(lambda missing: _dumped(session.context, missing, share))
+            session.dump(lambda missing: counted(_dumped(session.context, missing, share), missing, job.name))
             started = time.monotonic()
             reducer = _reducer(session, share, session.reused.values())
             train = train_streamed if session.streams else train_alone
@@ -111,12 +112,17 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
     """
     total = num_slices(context)
     num_tasks = min(share.places, total)
-    task = dump_task.options(num_returns="streaming", **share.options)
     context_ref = ray.put(context)
     parts = [tuple(range(first, total, num_tasks)) for first in range(num_tasks)]
     attempts = [Attempts(0) for _ in parts]
     num_yielded, num_seen = [0] * num_tasks, [0] * num_tasks
-    waiting = {part: task.remote(context_ref, indices, tuple(missing)) for part, indices in enumerate(parts)}
+
+    def begin(part: int) -> Any:
+        name = f"dcq:{context.job.name}:dump-{part + 1}-of-{num_tasks}"
+        task = dump_task.options(num_returns="streaming", name=name, **share.options)
+        return task.remote(context_ref, parts[part], tuple(missing))
+
+    waiting = {part: begin(part) for part in range(num_tasks)}
     while waiting:
         ready, _ = ray.wait(list(waiting.values()), num_returns=1)
         part = next(part for part, generator in waiting.items() if generator is ready[0])
@@ -131,7 +137,7 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
                     f"{attempts[part]}; the last time: {error}; run again to dump what is missing"
                 ) from error
             num_seen[part] = 0
-            waiting[part] = task.remote(context_ref, parts[part], tuple(missing))
+            waiting[part] = begin(part)
         else:
             num_seen[part] += 1
             if num_seen[part] > num_yielded[part]:

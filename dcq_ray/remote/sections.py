@@ -50,7 +50,6 @@ def train_alone(
     not_before = dict.fromkeys(tasks, 0.0)
     running: dict[Any, tuple[Any, SectionTask]] = {}
     context_ref = ray.put(session.context)
-    actor = SectionActor.options(max_concurrency=3, **share.options)
     for task in queue:
         session.emit(Progress(phase="train", index=task.index, state="waiting"))
 
@@ -74,9 +73,12 @@ def train_alone(
             ready = [task for task in queue if not_before[task.index] <= time.monotonic()]
             for task in ready[: share.places - len(running)]:
                 queue.remove(task)
-                worker = actor.remote(context_ref)
+                num_restarts = attempts[task.index].num_restarts
+                # Ray's dashboard shows it. The name of one that died may still be taken when the next one starts.
+                name = f"dcq:{session.context.job.name}:section-{task.index:02d}:try-{num_restarts + 1}"
+                worker = SectionActor.options(name=name, max_concurrency=3, **share.options).remote(context_ref)
                 at_once = min(share.places, len(session.tasks))
-                running[worker.train.remote(task, at_once, attempts[task.index].num_restarts)] = (worker, task)
+                running[worker.train.remote(task, at_once, num_restarts)] = (worker, task)
             if not running:
                 time.sleep(POLL_SECONDS)
                 continue
