@@ -95,7 +95,15 @@ def _write(student: Student, form: Form, path: str, opset: int | None) -> None:
         if form == "onnx":
             from dcq_ray.export.onnx_graph import write_onnx
 
-            write_onnx(student.network, example, path, metadata=student.metadata, opset=opset)
+            write_onnx(
+                student.network,
+                example,
+                path,
+                layers=student.layers,
+                state=student.state,
+                metadata=student.metadata,
+                opset=opset,
+            )
         else:
             from dcq_ray.export.program import write_program
 
