@@ -160,6 +160,27 @@ def test_another_network_in_the_users_file_is_said(runs: Runs) -> None:
     assert runs.attempts() != before
 
 
+@pytest.mark.slow
+def test_an_edited_transform_of_the_users_is_said(runs: Runs) -> None:
+    runs.run()
+    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
+    weights = runs.folder / "teacher.safetensors"
+    weights.write_bytes(cached.read_bytes())
+    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.document["data"]["transform"] = "user_views:dimmer"
+    source = runs.folder / "user_views.py"
+    source.write_text("def dimmer(images):\n    return 0.9 * images\n")
+    runs.run()
+    before = runs.attempts()
+    source.write_text("def dimmer(images):\n    return 0.85 * images\n")
+    sys.modules.pop("user_views", None)
+    report, lines = runs.run()
+    assert lines[0] == "the images, or how they are preprocessed, though the job names the same"
+    assert not set(before) & set(runs.attempts())
+    fresh, _ = runs.run("fresh")
+    assert report.student == fresh.student
+
+
 def test_nothing_is_said_without_an_earlier_run(runs: Runs) -> None:
     job = resolve_job(runs.document, source="test")
     plan: Any = object()
