@@ -64,7 +64,11 @@ def setting(**sections: Any) -> Callable[[Runs], None]:
 @pytest.mark.parametrize(
     ("change", "said", "num_kept"),
     [
-        (setting(quantize={"overrides": {"section:1": {"bits": 2}}}), "quantize.overrides", 2),
+        (
+            setting(quantize={"overrides": {"section:1": {"bits": 2}}}),
+            "quantize.overrides.section:1.bits: null -> 2",
+            2,
+        ),
         (setting(quantize={"weights": {"scheme": "xnor", "bits": 1}}), "quantize.weights.scheme: dorefa -> xnor", 0),
         (setting(train={"lr": 0.002}), "train.lr: 0.001 -> 0.002", 0),
         (setting(seed=1), "seed: 0 -> 1", 0),
@@ -174,6 +178,35 @@ def test_an_edited_transform_of_the_users_is_said(runs: Runs) -> None:
     before = runs.attempts()
     source.write_text("def dimmer(images):\n    return 0.85 * images\n")
     sys.modules.pop("user_views", None)
+    report, lines = runs.run()
+    assert lines[0] == "the images, or how they are preprocessed, though the job names the same"
+    assert not set(before) & set(runs.attempts())
+    fresh, _ = runs.run("fresh")
+    assert report.student == fresh.student
+
+
+@pytest.mark.slow
+def test_other_images_of_the_users_data_set_function_are_said(runs: Runs) -> None:
+    runs.run()
+    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
+    weights = runs.folder / "teacher.safetensors"
+    weights.write_bytes(cached.read_bytes())
+    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.document["data"]["dataset"] = "user_sets:digits"
+    source = runs.folder / "user_sets.py"
+    text = """
+import numpy as np
+from sklearn.datasets import load_digits
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8, 1) * 15).astype(np.uint8)
+    return {"train": (images[:1500], labels[:1500]), "test": (images[1500:], labels[1500:])}
+"""
+    source.write_text(text)
+    runs.run()
+    before = runs.attempts()
+    source.write_text(text.replace("* 15)", "* 14.5)"))
+    sys.modules.pop("user_sets", None)
     report, lines = runs.run()
     assert lines[0] == "the images, or how they are preprocessed, though the job names the same"
     assert not set(before) & set(runs.attempts())

@@ -117,7 +117,7 @@ def _unseen(old: PartitionPlan, new: PartitionPlan, *, names: set[str], versions
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, part in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else str(key), part)
     else:
