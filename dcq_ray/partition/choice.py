@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from dcq_ray.errors import PartitionError
@@ -11,12 +12,12 @@ from dcq_ray.partition.sections import ordered_cuts
 from dcq_ray.partition.trace import TracedTeacher
 from dcq_ray.spec import SectionsSpec
 
-# Measured seconds vary by so much between runs; within it, work that never varies decides, so the choice is stable.
-TOLERANCE = 1.10
-
 
 def choose_cuts(traced: TracedTeacher, spec: SectionsSpec, costs: CutCosts) -> tuple[str, ...]:
     """The names of the cuts that a job asks for, in order.
+
+    A number of sections is balanced by analytic work, not by measured seconds: those vary from run to run, and cuts decide what
+    the student is.
 
     Raises:
         PartitionError: more sections than the teacher can be cut into; an illegal or unknown name; no blocks.
@@ -33,7 +34,7 @@ def choose_cuts(traced: TracedTeacher, spec: SectionsSpec, costs: CutCosts) -> t
             f"sections.count: got {count}, but the teacher can be cut into at most {len(costs.candidates) + 1} sections with a "
             "Conv or Linear layer each"
         )
-    return tuple(costs.candidates[piece] for piece in balanced_cuts(costs.step_seconds, costs.work, count))
+    return tuple(costs.candidates[piece] for piece in balanced_cuts(costs.work, count))
 
 
 def block_cuts(traced: TracedTeacher) -> tuple[str, ...]:
@@ -59,26 +60,13 @@ def block_cuts(traced: TracedTeacher) -> tuple[str, ...]:
     return tuple(cuts)
 
 
-def balanced_cuts(seconds: Sequence[float], work: Sequence[int], count: int) -> tuple[int, ...]:
-    """Cut pieces into `count` runs so that the slowest is as fast as possible; the indices of the pieces before a cut.
+def balanced_cuts(costs: Sequence[float], count: int) -> tuple[int, ...]:
+    """Cut pieces into `count` runs so that the costliest costs least, of equals as early as possible; the pieces before a cut.
 
-    Among all partitions within TOLERANCE of the optimum in seconds, the one with the least largest work, and of equals the
-    one that cuts first.
+    A dynamic program over prefixes.
     """
-    optimum, _ = _least_largest(seconds, seconds, count, float("inf"))
-    _, cuts = _least_largest(work, seconds, count, optimum * TOLERANCE)
-    return cuts
-
-
-def _least_largest(
-    values: Sequence[float], limited: Sequence[float], count: int, limit: float
-) -> tuple[float, tuple[int, ...]]:
-    """Dynamic program over prefixes: the least possible largest run of `values`, no run of `limited` above `limit`."""
-    num_pieces = len(values)
-    value_sums, limited_sums = [0.0], [0.0]
-    for value, bound in zip(values, limited, strict=True):
-        value_sums.append(value_sums[-1] + value)
-        limited_sums.append(limited_sums[-1] + bound)
+    num_pieces = len(costs)
+    sums = [0.0, *itertools.accumulate(costs)]
     infinity = float("inf")
     # best[end]: (largest run, cuts) of the first `end` pieces in the number of runs so far.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ()), *[(infinity, ())] * num_pieces]
@@ -86,10 +74,10 @@ def _least_largest(
         following: list[tuple[float, tuple[int, ...]]] = [(infinity, ())] * (num_pieces + 1)
         for end in range(run, num_pieces + 1):
             for start in range(run - 1, end):
-                if best[start][0] == infinity or limited_sums[end] - limited_sums[start] > limit + 1e-12:
+                if best[start][0] == infinity:
                     continue
                 cuts = (*best[start][1], start - 1) if start else ()
-                candidate = (max(best[start][0], value_sums[end] - value_sums[start]), cuts)
+                candidate = (max(best[start][0], sums[end] - sums[start]), cuts)
                 following[end] = min(following[end], candidate)
         best = following
-    return best[num_pieces]
+    return best[num_pieces][1]

@@ -78,7 +78,7 @@ def streamed_makespan(seconds: Sequence[float], num_workers: int, stagger: float
     part in from the beginning. One worker does all there is to do, and waits for nobody.
     """
     num_runs = min(num_workers, len(seconds))
-    ends = [*(piece + 1 for piece in balanced_cuts(seconds, [0] * len(seconds), num_runs)), len(seconds)]
+    ends = [*(piece + 1 for piece in balanced_cuts(seconds, num_runs)), len(seconds)]
     slowest = max(sum(seconds[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True))
     return slowest * (1 + stagger * (1 - 1 / num_runs))
 

@@ -203,7 +203,7 @@ def _groups(session: RunSession, places: int) -> list[tuple[SectionTask, ...]]:
     if not tasks:
         return []
     ends = [
-        *(piece + 1 for piece in balanced_cuts(costs, [0] * len(costs), min(places, len(tasks)))),
+        *(piece + 1 for piece in balanced_cuts(costs, min(places, len(tasks)))),
         len(tasks),
     ]
     return [tuple(tasks[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
