@@ -16,6 +16,7 @@ from dcq_ray.cli.gc import gc
 from dcq_ray.cli.inspect import evaluate, ls, report, schema, status
 from dcq_ray.cli.prepare import plan, teacher
 from dcq_ray.cli.run import run
+from dcq_ray.cli.search import search
 from dcq_ray.cli.submit import attach, submit
 from dcq_ray.errors import DcqError
 from dcq_ray.version import __version__
@@ -32,7 +33,22 @@ def cli() -> None:
     """
 
 
-for _command in (run, plan, teacher, baseline, report, status, ls, evaluate, schema, gc, export, submit, attach):
+for _command in (
+    run,
+    search,
+    plan,
+    teacher,
+    baseline,
+    report,
+    status,
+    ls,
+    evaluate,
+    schema,
+    gc,
+    export,
+    submit,
+    attach,
+):
     cli.add_command(_command)
 
 
