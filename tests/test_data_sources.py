@@ -526,7 +526,11 @@ def test_arrays_of_ones_own_may_be_floats(job_folder: str) -> None:
         ("returns", {"what": "array"}, "got a ndarray, expected"),
         ("returns", {"what": "number"}, "got a int, expected"),
         ("returns", {"what": "double"}, r"images: got float64 \[10, 4, 6, 3\], expected uint8 \[N, H, W, C\]"),
-        ("returns", {"what": "bright"}, r"10 of 10 images .*: image 0 of .*: got float32 from [\d.]+ to [\d.]+, expected \[0, 1\]"),
+        (
+            "returns",
+            {"what": "bright"},
+            r"10 of 10 images .*: image 0 of .*: got float32 from [\d.]+ to [\d.]+, expected \[0, 1\]",
+        ),
         ("returns", {"what": "nan"}, "got float32 from nan to nan"),
         ("returns", {"what": "alpha"}, r"got uint8 \[10, 4, 4, 4\], expected \[N, H, W, C\] with 1 or 3 channels"),
         ("returns", {"what": "empty"}, "got a list of 0, expected"),
