@@ -81,7 +81,9 @@ def test_the_gate_exits_3_every_time_and_publishes_nothing(job_path: str, tmp_pa
     assert not (tmp_path / "shop").exists()
     done = dcq("run", job_path, "--address", "none", "--max-drop", "100", "--publish", str(tmp_path / "shop"))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "shop" / "student.safetensors").exists()
+    current = tmp_path / "shop" / "current"
+    assert (current / "student.safetensors").read_bytes() == (tmp_path / "run" / "student.safetensors").read_bytes()
+    assert current.resolve().name in done.stderr
 
 
 @pytest.mark.slow

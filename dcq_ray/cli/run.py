@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import click
 
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
-from dcq_ray.errors import RunInterrupted, RunTerminated, UsageError
+from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
 
 if TYPE_CHECKING:
@@ -41,7 +41,24 @@ _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
     "--max-drop", type=float, metavar="PTS", help="Exit 3 when the student loses more percentage points than this."
 )
 @click.option("--baseline", "with_rival", is_flag=True, help="Also train end-to-end DoReFa at equal sample passes.")
-@click.option("--publish", metavar="DIR_OR_URI", help="Copy the student and its report there, if the gate is passed.")
+@click.option(
+    "--publish", metavar="DIR_OR_URI", help="Make the student current there, if the gate is passed and it is no worse."
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Versions that --publish keeps.",
+)
+@click.option(
+    "--publish-tolerance",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="PTS",
+    help="How much worse than the current one.",
+)
 @log_format_option
 @debug_option
 def run(
@@ -53,6 +70,8 @@ def run(
     max_drop: float | None,
     with_rival: bool,
     publish: str | None,
+    keep: int,
+    publish_tolerance: float,
     log_format: Literal["text", "json"],
 ) -> None:
     """Quantize the job's teacher: cut, dump, train every section in parallel, stitch, validate, report.
@@ -68,11 +87,14 @@ def run(
             result = run_rival(job, folder, emit, "dorefa", "passes") or result
     show_report(job, result, log_format)
     from dcq_ray.phases import check_gate
+    from dcq_ray.phases.publish import publish as put_in_place
+    from dcq_ray.storage import open_store
 
     check_gate(result)
     if publish is not None:
-        _publish(job, publish)
-        click.echo(f"published to {publish}", err=True)
+        place = open_store(publish)
+        current = put_in_place(open_store(job.storage.run_dir), place, keep=keep, tolerance=publish_tolerance / 100)
+        click.echo(f"published: {place.location(current.version)} is current", err=True)
 
 
 def run_rival(
@@ -170,14 +192,3 @@ def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"]
         return
     print_report(report, Console())
     click.echo(f"\nstudent  {store.location('student.safetensors')}\nreport   {store.location('report.html')}")
-
-
-def _publish(job: Job, target: str) -> None:
-    from dcq_ray.storage import open_store
-
-    source, published = open_store(job.storage.run_dir), open_store(target)
-    if published.uri == source.uri:
-        raise UsageError(f"--publish {target}: that is the run directory itself; name another folder")
-    # The report last: who sees it finds the student that it describes.
-    for name in ("job.yaml", "plan.json", "student.safetensors", "report.html", "report.json"):
-        published.write_bytes(name, source.read_bytes(name))
