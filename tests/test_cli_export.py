@@ -167,6 +167,17 @@ def test_a_file_that_gives_other_results_is_refused_and_the_older_one_stays(
 
 
 @pytest.mark.slow
+def test_without_labels_the_students_predictions_count(student: Student, tmp_path: Path) -> None:
+    unlabelled = replace(student, held_out=replace(student.held_out, labels=None))
+    path = tmp_path / "student.dcq"
+    done = export_student(unlabelled, "packed", str(path))
+    assert (done.num_samples, done.num_bytes) == (100, path.stat().st_size)
+    swapped = replace(unlabelled, logits=student.logits.flip(1))
+    with pytest.raises(ExportError, match="got agreement with the student"):
+        export_student(swapped, "packed", str(path))
+
+
+@pytest.mark.slow
 def test_a_students_file_that_was_changed_is_not_exported(run_dir: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)

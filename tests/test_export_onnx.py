@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcq_ray.errors import ExportError, UsageError
-from dcq_ray.export.program import METADATA, run_program, write_program
+from dcq_ray.export.program import METADATA, open_program, write_program
 from dcq_ray.quantize import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, QuantizeSpec
@@ -21,7 +21,7 @@ from dcq_ray.spec import WEIGHT_SCHEME_BITS, QuantizeSpec
 onnx = pytest.importorskip("onnx", reason="the export extra is not installed")
 pytest.importorskip("onnxscript", reason="the export extra is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the export extra is not installed")
-from dcq_ray.export.onnx_graph import run_onnx, write_onnx  # noqa: E402
+from dcq_ray.export.onnx_graph import open_onnx, write_onnx  # noqa: E402
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
 SCHEMES = [
@@ -88,7 +88,7 @@ def test_every_scheme_gives_its_students_logits(
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("QuantizeLinear") == (0 if activations is None else len(layers))
     for batch in (images(1), images(5)):
-        assert difference(run_onnx(path, batch.numpy()), net, batch) < NOISE
+        assert difference(open_onnx(path)(batch.numpy()), net, batch) < NOISE
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("dorefa", 1), ("dorefa", 8), ("pact", 2), ("lsq", 8), ("lsq", 3)])
@@ -102,7 +102,7 @@ def test_every_input_quantizer_rounds_as_the_students(scheme: str, bits: int, tm
     step = float(state["dcq.0.input_step"])
     ties = torch.arange(3 * 36).reshape(1, 3, 6, 6) * step / 2 - 20 * step
     for batch in (images(4), ties):
-        assert difference(run_onnx(path, batch.numpy()), net, batch) < NOISE
+        assert difference(open_onnx(path)(batch.numpy()), net, batch) < NOISE
 
 
 @pytest.mark.parametrize(("opset", "kind"), [(18, "INT8"), (21, "INT4"), (25, "INT2")])
@@ -114,7 +114,7 @@ def test_an_older_opset_has_wider_integers(opset: int, kind: str, tmp_path: Path
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [opset]
     widths = {tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith("_integers")}
     assert widths == {getattr(onnx.TensorProto, kind)}
-    assert difference(run_onnx(path, images().numpy()), net, images()) < NOISE
+    assert difference(open_onnx(path)(images().numpy()), net, images()) < NOISE
 
 
 def test_an_opset_that_is_too_old_is_wrong_usage(tmp_path: Path) -> None:
@@ -145,16 +145,16 @@ def test_any_shape_and_quantizer(
     net, layers, state = student(small_net(channels, groups, kernel), weights={"scheme": scheme, "bits": bits})
     path = str(tmp_path_factory.mktemp("onnx") / "student.onnx")
     write_onnx(net, images(2), path, layers=layers, state=state, metadata={})
-    assert difference(run_onnx(path, images().numpy()), net, images()) < NOISE
+    assert difference(open_onnx(path)(images().numpy()), net, images()) < NOISE
 
 
 def test_a_file_that_is_no_graph_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "student.onnx"
     path.write_bytes(b"no graph")
     with pytest.raises(ExportError, match=r"student\.onnx: ONNX Runtime cannot run it"):
-        run_onnx(str(path), images().numpy())
-    with pytest.raises(ExportError, match=r"student\.onnx: torch\.export cannot run it"):
-        run_program(str(path), images())
+        open_onnx(str(path))
+    with pytest.raises(ExportError, match=r"student\.onnx: torch\.export cannot load it"):
+        open_program(str(path))
 
 
 @pytest.mark.parametrize("activations", [None, {"scheme": "lsq", "bits": 1}, {"scheme": "pact", "bits": 4}])
@@ -163,7 +163,7 @@ def test_a_program_gives_its_students_logits_for_any_batch(activations: dict[str
     path = str(tmp_path / "student.pt2")
     write_program(net, images(2), path, metadata={"run": "small"})
     for batch in (images(1), images(5)):
-        assert difference(run_program(path, batch).numpy(), net, batch) < NOISE
+        assert difference(open_program(path)(batch).numpy(), net, batch) < NOISE
     extra = {METADATA: ""}
     torch.export.load(path, extra_files=extra)
     assert "small" in extra[METADATA]

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dcq_ray
-from dcq_ray.errors import DcqError, ExportError
+from dcq_ray.errors import DcqError, ExportError, StorageError
 from dcq_ray.export.levels import encode, layer_levels
 from dcq_ray.export.packed import MAGIC, open_packed, pack, unpack
 from dcq_ray.quantize import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, QuantizeSpec
+from dcq_ray.storage import open_store
 
 SCHEMES = [(scheme, bits) for scheme, allowed in WEIGHT_SCHEME_BITS.items() for bits in allowed]
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Linear, nn.ConvTranspose2d)
@@ -160,6 +161,24 @@ def test_resnet18_is_as_small_as_promised(
     assert Path(path).stat().st_size < num_float_bytes / least_ratio
     images = torch.randn(1, 3, 64, 64)
     assert torch.equal(dcq_ray.load(path)(images), student(images))
+
+
+@pytest.mark.slow
+def test_a_file_is_read_from_a_bucket_and_from_the_working_folder(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = small_net()
+    path = packed_file(tmp_path / "s.dcq", student, weights={"scheme": "xnor", "bits": 1})
+    open_store(s3_uri).write_bytes("s.dcq", Path(path).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, 3, 9, 9)
+    for place in ("s.dcq", s3_uri.replace("?", "/s.dcq?")):
+        assert torch.equal(dcq_ray.load(place, network=small_net(1))(images), student(images))
+
+
+def test_a_file_that_is_not_there_is_told() -> None:
+    with pytest.raises(StorageError, match=r"nowhere\.dcq"):
+        dcq_ray.load("nowhere.dcq")
 
 
 def test_three_levels_take_eight_fifths_of_a_bit(tmp_path: Path) -> None:

@@ -27,9 +27,7 @@ def load_packed(path: str, *, network: nn.Module | None = None) -> nn.Module:
     Raises:
         ExportError: no packed file, a damaged one, or one of another version; its network cannot be built, or is another.
     """
-    folder, separator, name = path.rpartition("/")
-    content = open_store((folder or "/") if separator else ".").read_bytes(name)
-    packed = open_packed(content, source=path)
+    packed = open_packed(_read(path), source=path)
     if network is None:
         network = _network(packed)
     _check_shapes(packed, network)
@@ -50,6 +48,13 @@ def is_rebuilt(model: str, args: Mapping[str, Any]) -> bool:
         return name in NETWORKS
     # With these arguments torchvision would fetch what the file replaces anyway.
     return prefix == "torchvision" and not {"weights", "weights_backbone"} & set(args)
+
+
+def _read(path: str) -> bytes:
+    # Options of a URI belong to its folder, which the store opens.
+    place, question, options = path.partition("?") if "://" in path else (path, "", "")
+    folder, separator, name = place.rpartition("/")
+    return open_store(((folder or "/") if separator else ".") + question + options).read_bytes(name)
 
 
 def _network(packed: PackedFile) -> nn.Module:

@@ -13,10 +13,11 @@ Where.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,21 +111,31 @@ def write_onnx(
         raise ExportError(f"{path}: ONNX's checker refuses the graph: {str(error).splitlines()[0]}") from error
 
 
-def run_onnx(path: str, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits [B, K] of images [B, C, H, W] by ONNX Runtime on the CPU; raises ExportError where it cannot run the file."""
+def open_onnx(path: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What gives logits [B, K] of images [B, C, H, W] by ONNX Runtime on the CPU; both raise ExportError where it cannot."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    try:
+    with _explained(path):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        (logits,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})
+
+    def run(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with _explained(path):
+            found: NDArray[np.float32] = session.run([OUTPUT], {INPUT: np.ascontiguousarray(images)})[0]
+        return found
+
+    return run
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
     # ONNX Runtime's errors have no common class.
     except Exception as error:
         raise ExportError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
-    found: NDArray[np.float32] = logits
-    return found
 
 
 def _opset(layers: Sequence[LayerPlan], wanted: int | None) -> int:

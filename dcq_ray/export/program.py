@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,14 +39,14 @@ def write_program(network: nn.Module, example: Tensor, path: str, *, metadata: M
     Path(path).write_bytes(buffer.getvalue())
 
 
-def run_program(path: str, images: Tensor) -> Tensor:
-    """Logits [B, K] of images [B, C, H, W] by the program of a file; raises ExportError where it cannot be run."""
+def open_program(path: str) -> Callable[[Tensor], Tensor]:
+    """The program of a file, from images [B, C, H, W] to logits [B, K]; raises ExportError where it cannot be loaded."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            found: Tensor = torch.export.load(io.BytesIO(Path(path).read_bytes())).module()(images)
+            program: Callable[[Tensor], Tensor] = torch.export.load(io.BytesIO(Path(path).read_bytes())).module()
     except Exception as error:
         raise ExportError(
-            f"{path}: torch.export cannot run it: {str(error).strip().splitlines()[0]}; export it again"
+            f"{path}: torch.export cannot load it: {str(error).strip().splitlines()[0]}; export it again"
         ) from error
-    return found
+    return program

@@ -121,12 +121,13 @@ def _runner(student: Student, form: Form, path: str) -> Callable[[Tensor], Tenso
             _fresh_network(student), state_from_bytes(Path(path).read_bytes(), source=path), source=path
         )
     if form == "onnx":
-        from dcq_ray.export.onnx_graph import run_onnx
+        from dcq_ray.export.onnx_graph import open_onnx
 
-        return lambda images: torch.from_numpy(run_onnx(path, images.numpy()))
-    from dcq_ray.export.program import run_program
+        run = open_onnx(path)
+        return lambda images: torch.from_numpy(run(images.numpy()))
+    from dcq_ray.export.program import open_program
 
-    return lambda images: run_program(path, images)
+    return open_program(path)
 
 
 def _fresh_network(student: Student) -> nn.Module:
