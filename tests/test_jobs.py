@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dcq_ray.cli.run import run as run_command
 from dcq_ray.jobfile import load_job, resolve_job
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +64,37 @@ def test_nothing_of_a_machine_is_in_the_repository() -> None:
         if name and not name.startswith("tests/") and pattern.search((ROOT / name).read_text(errors="ignore"))
     }
     assert strays == set()
+
+
+def test_the_scheduled_command_is_one_that_works_and_is_the_same_everywhere() -> None:
+    folder = ROOT / "jobs" / "nightly"
+    (line,) = [line for line in (folder / "dcq-ray.cron").read_text().splitlines() if line[0] != "#"]
+    fields = line.split(maxsplit=5)
+    assert all(re.fullmatch(r"[\d*/,-]+", field) for field in fields[:5])
+    (command,) = re.findall(r"dcq-ray (run .*?) >>", fields[5])
+    service = configparser.ConfigParser(interpolation=None, strict=False)
+    service.optionxform = str  # type: ignore[assignment, method-assign]
+    service.read(folder / "dcq-ray.service")
+    assert service["Service"]["ExecStart"].partition("dcq-ray run")[2] == command.partition("run")[2]
+    assert service["Service"]["SuccessExitStatus"] == "75"
+    assert f"dcq-ray {command}" in (ROOT / "jobs" / "README.md").read_text()
+    context = run_command.make_context("run", command.split()[1:])
+    assert context.params["job_path"] == "jobs/nightly.yaml"
+    assert (context.params["publish"], context.params["keep"]) == ("published", 7)
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("there is no systemd-analyze here")
+    units = [
+        str(path) for path in (ROOT / "jobs" / "nightly").glob("dcq-ray.*") if path.suffix in (".service", ".timer")
+    ]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--user", *units],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    # It misses the program alone, which is not in that place here.
+    told = [line for line in done.stderr.splitlines() if "is not executable" not in line]
+    assert told == []

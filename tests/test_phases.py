@@ -27,8 +27,9 @@ from dcq_ray.errors import (
     StorageError,
     TeacherError,
 )
+from dcq_ray.gate import check_gate
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import check_gate, part_top1, predict, read_report, run_local
+from dcq_ray.phases import part_top1, predict, read_report, run_local
 from dcq_ray.phases.context import refuse_stale
 from dcq_ray.phases.predict import makespan, makespan_lower_bound
 from dcq_ray.phases.session import with_baselines

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from dcq_ray.phases import Emit
     from dcq_ray.records import RunReport
     from dcq_ray.spec import Job
+    from dcq_ray.storage import Store
 
 _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
 
@@ -81,20 +84,74 @@ def run(
     if max_drop is not None:
         overrides = (*overrides, f"reduce.max_drop={max_drop}")
     job, folder = read_job(job_path, overrides, run_dir)
-    with watching(job, log_format) as (emit, say), interruptible(job):
-        result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
-        if with_rival and not any((rival.method, rival.budget) == ("dorefa", "passes") for rival in result.baselines):
-            result = run_rival(job, folder, emit, "dorefa", "passes") or result
-    show_report(job, result, log_format)
-    from dcq_ray.phases import check_gate
-    from dcq_ray.phases.publish import publish as put_in_place
+    from dcq_ray.gate import check_gate
+    from dcq_ray.inputs import keep_inputs, look_at_inputs, read_inputs
     from dcq_ray.storage import open_store
 
+    store = open_store(job.storage.run_dir)
+    unchanged = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
+    if unchanged is not None:
+        show_report(job, unchanged, log_format, page=False)
+        _tell("nothing has changed since this run was finished", log_format)
+        check_gate(unchanged)
+        if publish is not None and not _is_current(open_store(publish), unchanged):
+            _publish(store, publish, keep, publish_tolerance, log_format)
+        return
+    before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
+    with watching(job, log_format) as (emit, say), interruptible(job):
+        result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+        if with_rival and not _has_rival(result):
+            result = run_rival(job, folder, emit, "dorefa", "passes") or result
+    after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
+    keep_inputs(store, before, after, result)
+    show_report(job, result, log_format)
     check_gate(result)
     if publish is not None:
-        place = open_store(publish)
-        current = put_in_place(open_store(job.storage.run_dir), place, keep=keep, tolerance=publish_tolerance / 100)
-        click.echo(f"published: {place.location(current.version)} is current", err=True)
+        _publish(store, publish, keep, publish_tolerance, log_format)
+
+
+def _unchanged(store: Store, job: Job, folder: str, *, with_rival: bool) -> RunReport | None:
+    """The report of a finished run with nothing left to do, told without torch or Ray; raises where a run holds the directory."""
+    from dcq_ray.inputs import INPUTS_FILE, unchanged_report
+    from dcq_ray.storage import hold_run
+
+    if not store.exists(INPUTS_FILE):
+        return None
+    with hold_run(store, owner=f"dcq-ray run of job {job.name}"):
+        found = unchanged_report(store, job, folder, now_ns=time.time_ns())
+    if found is None or (with_rival and not _has_rival(found)):
+        return None
+    return found
+
+
+def _has_rival(report: RunReport) -> bool:
+    return any((rival.method, rival.budget) == ("dorefa", "passes") for rival in report.baselines)
+
+
+def _is_current(place: Store, report: RunReport) -> bool:
+    from dcq_ray.records import CURRENT_FILE, Current, unseal_json
+
+    content = place.read_bytes_or_none(CURRENT_FILE)
+    with contextlib.suppress(ValueError):
+        sha256 = None if report.student is None else report.student.sha256
+        return content is not None and unseal_json(Current, content).student_sha256 == sha256
+    return False
+
+
+def _publish(
+    store: Store, target: str, keep: int, tolerance_points: float, log_format: Literal["text", "json"]
+) -> None:
+    from dcq_ray.phases.publish import publish
+    from dcq_ray.storage import open_store
+
+    place = open_store(target)
+    current = publish(store, place, keep=keep, tolerance=tolerance_points / 100)
+    _tell(f"published: {place.location(current.version)} is current", log_format)
+
+
+def _tell(message: str, log_format: Literal["text", "json"]) -> None:
+    """A line on standard error in the form of the others."""
+    click.echo(json.dumps({"message": message}) if log_format == "json" else message, err=True)
 
 
 def run_rival(
@@ -178,15 +235,16 @@ def interruptible(job: Job, *, kept_in: str | None = None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"]) -> None:
-    """Write the page, and print the tables."""
+def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"], *, page: bool = True) -> None:
+    """Write the page, and print the tables; `page`: False where it stands there already."""
     from rich.console import Console
 
     from dcq_ray.report import print_report, report_html, report_json
     from dcq_ray.storage import open_store
 
     store = open_store(job.storage.run_dir)
-    store.write_bytes("report.html", report_html(report).encode())
+    if page:
+        store.write_bytes("report.html", report_html(report).encode())
     if log_format == "json":
         click.echo(report_json(report))
         return

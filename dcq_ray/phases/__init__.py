@@ -10,7 +10,6 @@ from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
-from dcq_ray.phases.gate import accuracy_drop, check_gate
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
@@ -48,9 +47,7 @@ __all__ = [
     "StopRequest",
     "Streamed",
     "TestScores",
-    "accuracy_drop",
     "activation_memory_bytes",
-    "check_gate",
     "checkpoint_positions",
     "checkpoint_store",
     "choose_device",

@@ -12,6 +12,7 @@ import torch
 
 from dcq_ray.digests import library_versions, tensors_sha256
 from dcq_ray.errors import DcqError, RunInterrupted
+from dcq_ray.inputs import INPUTS_FILE
 from dcq_ray.jobfile import job_yaml
 from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
 from dcq_ray.phases.context import Emit
@@ -142,6 +143,7 @@ def clear_run(store: Store) -> None:
         STUDENT_FILE,
         SCORES_FILE,
         STATUS_FILE,
+        INPUTS_FILE,
     ):
         if store.exists(name):
             store.delete(name)

@@ -11,36 +11,20 @@ import contextlib
 import os
 import re
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from dcq_ray.digests import tensors_sha256
 from dcq_ray.errors import DcqError, QualityGateMissed, StorageError, UsageError
 from dcq_ray.phases.reduce import STUDENT_FILE
 from dcq_ray.phases.session import REPORT_FILE, read_report
-from dcq_ray.records import RunReport, seal_json, unseal_json
+from dcq_ray.records import CURRENT_FILE, Current, RunReport, seal_json, unseal_json
 from dcq_ray.storage import Store, hold_boundary
 from dcq_ray.teacher import state_from_bytes
 
-CURRENT_FILE = "current.json"
 CURRENT_LINK = "current"
 # The report last, as in a run directory: who sees it finds the student that it describes.
 FILES = ("job.yaml", "plan.json", STUDENT_FILE, "report.html", REPORT_FILE)
 _VERSION = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Current:
-    """The version that counts, and what a better one is compared with."""
-
-    version: str
-    student_sha256: str
-    teacher_sha256: str
-    num_samples: int
-    """Held-out images on which the score was measured."""
-    score: float
-    """Top-1 on held-out images; without labels the agreement with the teacher."""
-    published_at: str
 
 
 def publish(source: Store, target: Store, *, keep: int, tolerance: float = 0.0) -> Current:

@@ -7,6 +7,7 @@ be derived is a property. Accuracies are fractions in [0, 1], sizes bytes, times
 from dcq_ray.records.json import from_json, seal_json, to_json, to_jsonable, unseal_json
 from dcq_ray.records.plan import BitsWork, Boundary, LayerPlan, PartitionPlan, SectionPlan
 from dcq_ray.records.progress import Progress, StatusReport
+from dcq_ray.records.published import CURRENT_FILE, Current
 from dcq_ray.records.report import (
     BaselineReport,
     PhaseCpuSeconds,
@@ -31,10 +32,12 @@ from dcq_ray.records.work import (
 )
 
 __all__ = [
+    "CURRENT_FILE",
     "FORMAT_VERSION",
     "BaselineReport",
     "BitsWork",
     "Boundary",
+    "Current",
     "LayerPlan",
     "LossPoint",
     "MergeStep",
