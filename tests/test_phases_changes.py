@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,12 @@ class Runs:
 
 
 @pytest.fixture
-def runs(job_document: dict[str, Any], tmp_path: Path) -> Runs:
+def runs(job_document: dict[str, Any], tmp_path: Path) -> Iterator[Runs]:
     job_document["train"]["epochs"] = 1
-    return Runs(job_document, tmp_path)
+    yield Runs(job_document, tmp_path)
+    # An edited one would stay for other tests, whose workers read their own.
+    for name in ("user_nets", "user_views", "user_sets"):
+        sys.modules.pop(name, None)
 
 
 def new_teacher(runs: Runs) -> None:
