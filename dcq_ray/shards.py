@@ -29,6 +29,7 @@ MAX_SAMPLES_PER_SHARD = 1024
 MAX_OPEN_REMOTE_SHARDS = 16
 MANIFEST_FILE = "manifest.json"
 COLUMN = "activation"
+DTYPES = ("float16", "float32")
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 Array = NDArray[Any]
@@ -117,6 +118,9 @@ def load_manifest(store: Store, *, digest: str) -> ShardManifest | None:
             f"it is of boundary {manifest.digest[:12]}, format {manifest.format_version}; expected {digest[:12]}, "
             f"format {FORMAT_VERSION}",
         )
+    counts = [shard.num_samples for shard in manifest.shards]
+    if manifest.dtype not in DTYPES or not counts or min(counts) < 1 or sum(counts) != manifest.num_samples:
+        raise _damaged(where, f"it has {len(counts)} shards of {manifest.dtype} for {manifest.num_samples} samples")
     sizes = {file.name: file.num_bytes for file in store.tree()}
     for shard in manifest.shards:
         size = sizes.get(shard.file_name)
@@ -257,7 +261,10 @@ def _open_shard(
             raise _damaged(where, "it is a shard of another boundary, or of another place")
         if table.num_record_batches != 1:
             raise _damaged(where, f"it has {table.num_record_batches} batches of samples, expected one")
-        rows: Array = table.get_batch(0).column(COLUMN).to_numpy_ndarray()
+        column = table.get_batch(0).column(COLUMN)
+        if not isinstance(column, pa.FixedShapeTensorArray):
+            raise _damaged(where, f"its column is a {column.type}, expected tensors of one shape")
+        rows: Array = column.to_numpy_ndarray()
     except (pa.ArrowException, OSError, KeyError) as error:
         raise _damaged(where, f"it cannot be read ({str(error).splitlines()[0]})") from error
     if len(rows) != shard.num_samples or rows.dtype != np.dtype(manifest.dtype):

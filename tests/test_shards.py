@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from s3_server import FaultyNetwork
 
 from dcq_ray import shards
 from dcq_ray.errors import ShardError, StorageError
-from dcq_ray.records import ShardManifest
+from dcq_ray.records import ShardManifest, seal_json
 from dcq_ray.shards import (
     commit_manifest,
     finished_shards,
@@ -247,3 +248,23 @@ def test_order_depends_on_seed_section_and_epoch_and_never_changes() -> None:
 
 
 GOLDEN = [2, 1, 3, 0, 7, 6, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": "nan"}, {"dtype": "../../outside"}, {"dtype": "int8"}, {"shards": ()}, {"num_samples": 9}],
+    ids=["no dtype", "a path", "another dtype", "no shards", "another number"],
+)
+def test_a_sealed_manifest_that_nobody_here_wrote_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_boundary(store, np.ones((8, 3), np.float32))
+    store.write_bytes("manifest.json", seal_json(replace(manifest, **changes)))
+    with pytest.raises(ShardError, match=r"manifest\.json: it has \d shards of "):
+        load_manifest(store, digest=DIGEST)
+
+
+def test_a_shard_of_another_shape_or_column_is_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    manifest = write_boundary(store, np.ones((8, 3), np.float32))
+    with pytest.raises(ShardError, match=r"its samples have 3 numbers, expected the shape \[4\]"):
+        open_boundary(store, replace(manifest, shape=(4,)))
