@@ -913,6 +913,7 @@ def test_checks_are_silent_where_a_field_is_wrong_already() -> None:
         (b"a: &x [*x]\n", "not a job file: nested more than 40 deep; does an anchor hold itself?"),
         (b"a: &x {b: *x}\n", "not a job file: nested more than 40 deep; does an anchor hold itself?"),
         (b"[" * 20_000, "not a job file: nested too deep"),
+        (b"a:\n  " + b"[" * 3_000 + b"\nb: {c: [d]}" * 2_000, "not a job file: nested too deep"),
         (b"a: " + b"[" * 60 + b"]" * 60, "not a job file: nested more than 40 deep"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 
 from dcq_ray.errors import JobError
 from dcq_ray.jobfile.mistakes import Mistake, Path, Place, mask_credentials, shortened, shown
-from dcq_ray.jobfile.values import DocumentTooLargeError, check_size, key_problem
+from dcq_ray.jobfile.values import MAX_DEPTH, DocumentTooLargeError, check_size, key_problem
 
 _MAX_FILE_BYTES = 1 << 20
 _MERGE_TAG = "tag:yaml.org,2002:merge"
@@ -137,6 +138,9 @@ def parse_yaml(text: str, *, path: Path, place: Callable[[yaml.Mark], Place]) ->
     Errors: yaml.YAMLError where the text is not YAML, DocumentTooLargeError or RecursionError where it is too much of
     it. Keys that are given twice, or are no text, and values that YAML cannot make are mistakes in the document.
     """
+    # PyYAML's time grows with the square of open brackets, and more.
+    if _num_open_brackets(text) > 10 * MAX_DEPTH:
+        raise RecursionError("too many open brackets")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -147,6 +151,12 @@ def parse_yaml(text: str, *, path: Path, place: Callable[[yaml.Mark], Place]) ->
         return Document(value=_value(node, path, reader), places=reader.places, mistakes=reader.mistakes)
     finally:
         loader.dispose()
+
+
+def _num_open_brackets(text: str) -> int:
+    """The most brackets that are open at one place of a text, those in quotes and comments too."""
+    changes = (1 if found.group() in "[{" else -1 for found in re.finditer(r"[\[\]{}]", text))
+    return max(itertools.accumulate(changes, lambda depth, change: max(0, depth + change)), default=0)
 
 
 def _value(node: yaml.Node, path: Path, reader: _Reader) -> Any:
