@@ -31,6 +31,14 @@ class Runs:
         report = run_local(resolve_job(document, source="test"), str(self.folder), emit=said.append, owner="test")
         return report, [line.detail for line in said if line.phase == "changed"]
 
+    def take_fitted_teacher(self) -> None:
+        """Run once, and name the weights that were fitted by their file from then on."""
+        self.run()
+        cached = next((self.folder / "cache" / "teachers").glob("*/weights.safetensors"))
+        weights = self.folder / "teacher.safetensors"
+        weights.write_bytes(cached.read_bytes())
+        self.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+
     def attempts(self, run_dir: str = "run") -> list[str]:
         files = sorted((self.folder / run_dir).glob("sections/*/result.json"))
         return [json.loads(file.read_text())["attempt"] for file in files]
@@ -120,11 +128,7 @@ def test_what_changes_no_result_is_not_said(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_other_tensors_in_the_teachers_file_are_said(runs: Runs) -> None:
-    runs.run()
-    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
-    weights = runs.folder / "teacher.safetensors"
-    weights.write_bytes(cached.read_bytes())
-    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.take_fitted_teacher()
     runs.run()
     before = runs.attempts()
     new_teacher(runs)
@@ -150,11 +154,7 @@ def test_other_library_versions_are_said(runs: Runs, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_another_network_in_the_users_file_is_said(runs: Runs) -> None:
-    runs.run()
-    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
-    weights = runs.folder / "teacher.safetensors"
-    weights.write_bytes(cached.read_bytes())
-    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.take_fitted_teacher()
     runs.run()
     source = runs.folder / "user_nets.py"
     text = source.read_text()
@@ -169,11 +169,7 @@ def test_another_network_in_the_users_file_is_said(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_an_edited_transform_of_the_users_is_said(runs: Runs) -> None:
-    runs.run()
-    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
-    weights = runs.folder / "teacher.safetensors"
-    weights.write_bytes(cached.read_bytes())
-    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.take_fitted_teacher()
     runs.document["data"]["transform"] = "user_views:dimmer"
     source = runs.folder / "user_views.py"
     source.write_text("def dimmer(images):\n    return 0.9 * images\n")
@@ -190,11 +186,7 @@ def test_an_edited_transform_of_the_users_is_said(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_other_images_of_the_users_data_set_function_are_said(runs: Runs) -> None:
-    runs.run()
-    cached = next((runs.folder / "cache" / "teachers").glob("*/weights.safetensors"))
-    weights = runs.folder / "teacher.safetensors"
-    weights.write_bytes(cached.read_bytes())
-    runs.document["teacher"] = {"model": "user_nets:user_net", "weights": str(weights)}
+    runs.take_fitted_teacher()
     runs.document["data"]["dataset"] = "user_sets:digits"
     source = runs.folder / "user_sets.py"
     text = """

@@ -125,10 +125,10 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     import torch
 
     from dcq_ray.data import load_splits
+    from dcq_ray.export.loading import student_network
     from dcq_ray.phases import choose_device, part_top1
-    from dcq_ray.quantize import put_input_quantizers
     from dcq_ray.storage import open_store
-    from dcq_ray.teacher import build_network, load_state, state_from_bytes
+    from dcq_ray.teacher import build_network, state_from_bytes
 
     folder, _, name = run.rpartition("/") if run.endswith(".safetensors") else (run, "", "student.safetensors")
     store = open_store(folder or ".")
@@ -136,12 +136,10 @@ def evaluate(run: str, overrides: tuple[str, ...], as_json: bool) -> None:
     source = store.location(name)
     state = state_from_bytes(store.read_bytes(name), source=source)
     # The job's own folder is not recorded; its modules must be importable from here.
-    module = build_network(job.teacher, job_folder=str(Path.cwd()))
-    load_state(module, {key: value for key, value in state.items() if not key.startswith("dcq.")}, source=source)
-    put_input_quantizers(module, state)
+    module = student_network(build_network(job.teacher, job_folder=str(Path.cwd())), state, source=source)
     torch.set_num_threads(job.train.num_threads)
     device = choose_device("auto")
-    module.eval().to(device)
+    module.to(device)
     splits = load_splits(job.data, seed=job.seed, job_folder=str(Path.cwd()))
     rows = {"held_out": splits.held_out, "test": splits.test}
     scores = {

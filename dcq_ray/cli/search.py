@@ -13,6 +13,7 @@ from dcq_ray.errors import UsageError
 if TYPE_CHECKING:
     from dcq_ray.search import Candidate, Option, Searched
     from dcq_ray.spec import Job
+    from dcq_ray.storage import Store
 
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 SEARCH_FILE = "search.json"
@@ -116,12 +117,10 @@ def _member_job(job_path: str, overrides: tuple[str, ...], option: Option, run_d
     return read_job(job_path, (*overrides, *own), run_dir)[0]
 
 
-def _keep(searched: Searched, store: object) -> None:
+def _keep(searched: Searched, store: Store) -> None:
     from dcq_ray.records import to_json
     from dcq_ray.report import front_plot
-    from dcq_ray.storage import Store
 
-    assert isinstance(store, Store)
     store.write_bytes(SEARCH_FILE, to_json(searched))
     points = {
         "uniform": [(found.num_bytes, found.score) for found in searched.uniform],
