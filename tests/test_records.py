@@ -18,6 +18,7 @@ from dcq_ray.records import (
     BaselineReport,
     BitsWork,
     Boundary,
+    Current,
     LayerPlan,
     LossPoint,
     MergeStep,
@@ -214,10 +215,18 @@ STATUS = StatusReport(
     lines=(PROGRESS, Progress(phase="dump", state="reused")),
     message="",
 )
+CURRENT = Current(
+    version="2026-01-01T00-00-00",
+    student_sha256="e",
+    teacher_sha256="f",
+    num_samples=50,
+    score=0.75,
+    published_at="2026-01-01T00:00:00+00:00",
+)
 EVERY_RECORD = [
     *(INPUT, CONV, PLAN.sections[1], PLAN, SHARDS[0], MANIFEST, CONTEXT, SectionTask(index=0, digest="t"), CURVE[0]),
     *(RESULT, FAILURE, MEASUREMENT, TEACHER, STUDENT, BASELINE, SECTION, VALIDATION, CPU_SECONDS, TIMINGS),
-    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP),
+    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP, CURRENT),
 ]
 
 
