@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize import ActivationStart, put_quantizers
+from dcq_ray.quantizers import ActivationStart, put_quantizers
 from dcq_ray.records import LayerPlan
 
 # So torch names what quantizes a weight.

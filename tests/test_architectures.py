@@ -31,7 +31,7 @@ from dcq_ray.partition import (
     trace_teacher,
 )
 from dcq_ray.phases import run_local
-from dcq_ray.quantize import LayerSite, activation_starts, bake, plan_layers, put_input_quantizers, put_quantizers
+from dcq_ray.quantizers import LayerSite, activation_starts, bake, plan_layers, put_input_quantizers, put_quantizers
 from dcq_ray.records import PartitionPlan, from_json
 from dcq_ray.section import train_module
 from dcq_ray.spec import QuantizeSpec, SectionsSpec, TrainSpec

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import ExportError, UsageError
 from dcq_ray.export.program import METADATA, open_program, write_program
-from dcq_ray.quantize import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
+from dcq_ray.quantizers import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, QuantizeSpec
 

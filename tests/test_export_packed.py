@@ -19,7 +19,7 @@ import dcq_ray
 from dcq_ray.errors import DcqError, ExportError, StorageError
 from dcq_ray.export.levels import encode, layer_levels
 from dcq_ray.export.packed import MAGIC, open_packed, pack, unpack
-from dcq_ray.quantize import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
+from dcq_ray.quantizers import ActivationStart, LayerSite, bake, plan_layers, put_quantizers
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, QuantizeSpec
 from dcq_ray.storage import open_store

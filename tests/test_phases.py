@@ -33,7 +33,7 @@ from dcq_ray.phases import part_top1, predict, read_report, run_local
 from dcq_ray.phases.context import refuse_stale
 from dcq_ray.phases.predict import makespan, makespan_lower_bound
 from dcq_ray.phases.session import with_baselines
-from dcq_ray.quantize import put_input_quantizers
+from dcq_ray.quantizers import put_input_quantizers
 from dcq_ray.records import BaselineReport, PartitionPlan, Progress, RunContext, RunReport, from_json
 from dcq_ray.storage import hold_run, open_store
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dcq_ray.data import load_splits
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.quantize.weights import dorefa_weight, twn_weight
+from dcq_ray.quantizers.weights import dorefa_weight, twn_weight
 from dcq_ray.section import rate_factor
 from dcq_ray.spec import Job
 from dcq_ray.stitch import reestimate_batchnorm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
 from dcq_ray.partition import cut, directly_called, quantizable_layers, trace_teacher
-from dcq_ray.quantize import (
+from dcq_ray.quantizers import (
     LayerSite,
     activation_starts,
     bake,
@@ -18,7 +18,7 @@ from dcq_ray.quantize import (
     put_input_quantizers,
     put_quantizers,
 )
-from dcq_ray.quantize.modules import InputQuantizer
+from dcq_ray.quantizers.modules import InputQuantizer
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
 from dcq_ray.stitch import reestimate_batchnorm, stitch

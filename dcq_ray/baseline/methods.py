@@ -19,7 +19,7 @@ from dcq_ray.losses import LossFunction, cross_entropy, distillation
 from dcq_ray.phases import Network, RunSession, activation_memory_bytes, section_objective
 from dcq_ray.phases.objective import objective_loss
 from dcq_ray.phases.reduce import MAX_BATCHNORM_SAMPLES, untrained_student
-from dcq_ray.quantize import fit_weights, put_quantizers
+from dcq_ray.quantizers import fit_weights, put_quantizers
 from dcq_ray.section import train_module
 from dcq_ray.stitch import reestimate_batchnorm, stitch
 from dcq_ray.validate import predict

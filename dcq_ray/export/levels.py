@@ -1,6 +1,6 @@
 """Quantized weights as codes of their levels, and back, to the bit.
 
-A level is an integer times a scale, rounded once (`quantize/weights.py`); the integers of a scheme are evenly spaced, so that
+A level is an integer times a scale, rounded once (`quantizers/weights.py`); the integers of a scheme are evenly spaced, so that
 code c stands for `first + stride * c`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcq_ray.errors import ExportError
 from dcq_ray.export.bits import Codes
-from dcq_ray.quantize.policy import PER_CHANNEL_SCHEMES, channel_dim
+from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, channel_dim
 from dcq_ray.records import LayerPlan
 
 

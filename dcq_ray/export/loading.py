@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dcq_ray.errors import ExportError
 from dcq_ray.export.packed import PackedFile, open_packed, unpack
 from dcq_ray.networks import NETWORKS
-from dcq_ray.quantize import put_input_quantizers
+from dcq_ray.quantizers import put_input_quantizers
 from dcq_ray.spec import TeacherSpec
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import build_network, load_state

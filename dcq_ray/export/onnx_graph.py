@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import ExportError, UsageError
 from dcq_ray.export.levels import Levels, encode, layer_levels
-from dcq_ray.quantize.activations import level_range
-from dcq_ray.quantize.modules import FrozenInputQuantizer
+from dcq_ray.quantizers.activations import level_range
+from dcq_ray.quantizers.modules import FrozenInputQuantizer
 from dcq_ray.records import LayerPlan
 
 INT4_OPSET = 21

@@ -15,7 +15,7 @@ The header is JSON in UTF-8:
      "tensors": [{"name": "bn1.bias", "dtype": "float32", "shape": [64], "offset": 0, "num_bytes": 256},
                  {"name": "conv1.weight", …, "first": -1, "stride": 2, "num_levels": 2, "scale_dim": null, "two_sided": false}, …]}
 
-Tensors are those of the network's state, under its own names, and the `dcq.*` ones of `quantize/placing.py`. The data of one
+Tensors are those of the network's state, under its own names, and the `dcq.*` ones of `quantizers/placing.py`. The data of one
 begin at `offset` of the data. Without `num_levels` they are its numbers as they lie in memory. With it, they are codes
 (`export/bits.py`): code c stands for the integer `first + stride * c`, and the weight is that integer times `dcq.<module>.scale`,
 rounded once to its dtype; a scale for each index of `scale_dim`, or, where `two_sided`, the first of two for integers above 0 and
@@ -41,7 +41,7 @@ from torch import Tensor
 from dcq_ray.errors import ExportError
 from dcq_ray.export.bits import pack_codes, packed_size, unpack_codes
 from dcq_ray.export.levels import Levels, decode, encode, layer_levels
-from dcq_ray.quantize.policy import UNQUANTIZED_BITS
+from dcq_ray.quantizers.policy import UNQUANTIZED_BITS
 from dcq_ray.records import LayerPlan
 
 MAGIC = b"dcq-pack"

@@ -34,7 +34,7 @@ from dcq_ray.partition import (
 )
 from dcq_ray.phases.context import Emit, save_teacher
 from dcq_ray.phases.fit import fit_teacher, fitted_teacher
-from dcq_ray.quantize import LayerSite, packed_num_bytes, plan_layers
+from dcq_ray.quantizers import LayerSite, packed_num_bytes, plan_layers
 from dcq_ray.records import Boundary, LayerPlan, PartitionPlan, Progress, SectionPlan, seal_json, unseal_json
 from dcq_ray.spec import Job
 from dcq_ray.storage import Store, open_store

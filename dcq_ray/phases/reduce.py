@@ -24,7 +24,7 @@ from dcq_ray.phases.polish import attempt_step, judge_of, polish
 from dcq_ray.phases.prepare import part_top1
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.train import layer_identity, section_weights, trained_section
-from dcq_ray.quantize import activation_starts, bake, packed_num_bytes, put_input_quantizers
+from dcq_ray.quantizers import activation_starts, bake, packed_num_bytes, put_input_quantizers
 from dcq_ray.records import (
     MergeStep,
     Progress,

@@ -28,7 +28,7 @@ from dcq_ray.phases.objective import objective_loss, section_objective
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
 from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
 from dcq_ray.phases.views import boundary_views
-from dcq_ray.quantize import activation_starts, fit_weights, put_quantizers
+from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
 from dcq_ray.records import (
     Boundary,
     LayerPlan,

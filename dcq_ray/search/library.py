@@ -21,7 +21,7 @@ from dcq_ray.phases import (
     section_tasks,
 )
 from dcq_ray.phases.train import finished_section
-from dcq_ray.quantize import packed_num_bytes
+from dcq_ray.quantizers import packed_num_bytes
 from dcq_ray.records import Progress, RunContext, SectionMeasurement, SectionResult
 from dcq_ray.search.frontier import Choice
 from dcq_ray.spec import Job

@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from dcq_ray.digests import library_versions
-from dcq_ray.quantize import LayerSite, activation_starts, plan_layers, put_quantizers
+from dcq_ray.quantizers import LayerSite, activation_starts, plan_layers, put_quantizers
 from dcq_ray.spec import QuantizeSpec
 
 BATCH_SIZE = 32

@@ -35,7 +35,7 @@ from dcq_ray.errors import DcqError
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.partition import trace_teacher
 from dcq_ray.phases import run_local
-from dcq_ray.quantize import put_input_quantizers
+from dcq_ray.quantizers import put_input_quantizers
 from dcq_ray.records import PartitionPlan, Progress, RunReport, from_json
 from dcq_ray.spec import Job
 from dcq_ray.teacher import build_network, load_teacher, read_state

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 from torch.nn.utils import parametrize
 
-from dcq_ray.quantize import ActivationStart, fit_weights, put_quantizers
-from dcq_ray.quantize.fitted import _num_places, _windows
+from dcq_ray.quantizers import ActivationStart, fit_weights, put_quantizers
+from dcq_ray.quantizers.fitted import _num_places, _windows
 from dcq_ray.records import LayerPlan
 
 
@@ -107,7 +107,7 @@ def test_what_is_not_plain_or_has_many_bits_or_is_not_quantized_is_left_alone() 
 
 def test_a_layer_of_too_many_weights_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # conv: 8 x 3 x 3 x 3 = 216 weights, grouped conv 8 x 4 x 3 x 3 = 288, linear 12 x 128.
-    monkeypatch.setattr("dcq_ray.quantize.fitted.MAX_FITTED_WEIGHTS", 216)
+    monkeypatch.setattr("dcq_ray.quantizers.fitted.MAX_FITTED_WEIGHTS", 216)
     teacher = network()
     student = student_of(teacher, LAYERS)
     assert [fit.module for fit in fit_weights(student, teacher, [(images(1), images(1))], seed=0)] == ["0"]

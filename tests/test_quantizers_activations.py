@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.activations import (
+from dcq_ray.quantizers.activations import (
     ActivationStart,
     activation_start,
     dorefa_activation,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcq_ray.quantize.blocks import NUM_VALUES, blocks
+from dcq_ray.quantizers.blocks import NUM_VALUES, blocks
 
 
 @settings(deadline=None, max_examples=30)

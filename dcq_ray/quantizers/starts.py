@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dcq_ray.quantize.blocks import blocks
+from dcq_ray.quantizers.blocks import blocks
 
 # Below the linear grid of clips that are searched, so many more, each half of the one before.
 NUM_HALVED_CLIPS = 8

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcq_ray.quantize.blocks import NUM_VALUES
-from dcq_ray.quantize.functions import (
+from dcq_ray.quantizers.blocks import NUM_VALUES
+from dcq_ray.quantizers.functions import (
     Clipped,
     LearnedClip,
     LearnedStep,

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcq_ray.quantize.activations import (
+from dcq_ray.quantizers.activations import (
     ActivationStart,
     dorefa_activation,
     level_range,
     lsq_activation,
     pact_activation,
 )
-from dcq_ray.quantize.modules import InputQuantizer, WeightQuantizer
-from dcq_ray.quantize.weights import dorefa_weight, lsq, lsq_weight, ttq_weight, twn_weight, wrpn_weight, xnor_weight
+from dcq_ray.quantizers.modules import InputQuantizer, WeightQuantizer
+from dcq_ray.quantizers.weights import dorefa_weight, lsq, lsq_weight, ttq_weight, twn_weight, wrpn_weight, xnor_weight
 
 Array = npt.NDArray[np.float64]
 

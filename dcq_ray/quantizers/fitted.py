@@ -19,10 +19,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from dcq_ray.quantize.descent import descend, errors
-from dcq_ray.quantize.levels import latents_on, level_numbers, weight_levels
-from dcq_ray.quantize.modules import WeightQuantizer
-from dcq_ray.quantize.policy import layer_weight
+from dcq_ray.quantizers.descent import descend, errors
+from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
+from dcq_ray.quantizers.modules import WeightQuantizer
+from dcq_ray.quantizers.policy import layer_weight
 
 # Of every image so many places of a layer's input (all channels and the window around it) take part.
 PLACES_PER_IMAGE = 64

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.functions import nearest_level
-from dcq_ray.quantize.starts import least_squares_clip, least_squares_scale, search_sample, spread_stride
-from dcq_ray.quantize.weights import (
+from dcq_ray.quantizers.functions import nearest_level
+from dcq_ray.quantizers.starts import least_squares_clip, least_squares_scale, search_sample, spread_stride
+from dcq_ray.quantizers.weights import (
     channel_means,
     dorefa_weight,
     lsq,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcq_ray.quantize.blocks import blocks
+from dcq_ray.quantizers.blocks import blocks
 
 # A value at the clip, divided by the step, may come out one rounding beyond the highest level; it is inside all the same.
 ROUNDING = 2.0**-22

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dcq_ray.quantize.levels import latents_on, level_numbers, weight_levels
-from dcq_ray.quantize.modules import WeightQuantizer
+from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
+from dcq_ray.quantizers.modules import WeightQuantizer
 
 SCHEMES = [
     ("dorefa", 1),

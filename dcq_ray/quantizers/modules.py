@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.activations import (
+from dcq_ray.quantizers.activations import (
     ActivationStart,
     dorefa_activation,
     level_range,
@@ -20,9 +20,9 @@ from dcq_ray.quantize.activations import (
     pact_activation,
     round_to_levels,
 )
-from dcq_ray.quantize.functions import nearest_level, working
-from dcq_ray.quantize.starts import least_squares_clip, least_squares_scale, search_sample
-from dcq_ray.quantize.weights import (
+from dcq_ray.quantizers.functions import nearest_level, working
+from dcq_ray.quantizers.starts import least_squares_clip, least_squares_scale, search_sample
+from dcq_ray.quantizers.weights import (
     TTQ_THRESHOLD,
     channel_means,
     dorefa_weight,

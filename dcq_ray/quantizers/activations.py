@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.functions import Clipped, LearnedClip, LearnedStep, level
-from dcq_ray.quantize.starts import least_squares_clip, search_sample
+from dcq_ray.quantizers.functions import Clipped, LearnedClip, LearnedStep, level
+from dcq_ray.quantizers.starts import least_squares_clip, search_sample
 
 # A start is searched on the so many largest values and so many of the others.
 NUM_EXTREME_SEARCHED = 1024

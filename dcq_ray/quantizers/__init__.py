@@ -1,9 +1,9 @@
 """Quantizers as pure functions, which layer gets which, and putting them on the layers of a module."""
 
-from dcq_ray.quantize.activations import ActivationStart
-from dcq_ray.quantize.fitted import LayerFit, fit_weights
-from dcq_ray.quantize.placing import activation_starts, bake, put_input_quantizers, put_quantizers
-from dcq_ray.quantize.policy import LayerSite, packed_num_bytes, plan_layers
+from dcq_ray.quantizers.activations import ActivationStart
+from dcq_ray.quantizers.fitted import LayerFit, fit_weights
+from dcq_ray.quantizers.placing import activation_starts, bake, put_input_quantizers, put_quantizers
+from dcq_ray.quantizers.policy import LayerSite, packed_num_bytes, plan_layers
 
 __all__ = [
     "ActivationStart",

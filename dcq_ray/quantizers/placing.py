@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.activations import ActivationStart, activation_start
-from dcq_ray.quantize.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
-from dcq_ray.quantize.policy import UNQUANTIZED_BITS, channel_dim, layer_weight
-from dcq_ray.quantize.starts import spread_stride
+from dcq_ray.quantizers.activations import ActivationStart, activation_start
+from dcq_ray.quantizers.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
+from dcq_ray.quantizers.policy import UNQUANTIZED_BITS, channel_dim, layer_weight
+from dcq_ray.quantizers.starts import spread_stride
 from dcq_ray.records import LayerPlan
 
 INPUT_QUANTIZER = "dcq_input"

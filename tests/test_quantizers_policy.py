@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from dcq_ray.errors import JobError, QuantizeError
-from dcq_ray.quantize import LayerSite, packed_num_bytes, plan_layers
-from dcq_ray.quantize.policy import channel_dim
+from dcq_ray.quantizers import LayerSite, packed_num_bytes, plan_layers
+from dcq_ray.quantizers.policy import channel_dim
 from dcq_ray.records import LayerPlan
 from dcq_ray.spec import QuantizeSpec
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.functions import (
+from dcq_ray.quantizers.functions import (
     Clipped,
     LearnedStep,
     StraightThrough,

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcq_ray.quantize.functions import working
-from dcq_ray.quantize.modules import WeightQuantizer
-from dcq_ray.quantize.weights import dorefa_weight
+from dcq_ray.quantizers.functions import working
+from dcq_ray.quantizers.modules import WeightQuantizer
+from dcq_ray.quantizers.weights import dorefa_weight
 
 # A latent weight of exactly 0 counts as positive: its mirror image is the largest number that does not.
 _JUST_BELOW_ZERO = -1e-30

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
 from dcq_ray.losses import nmse
-from dcq_ray.quantize import (
+from dcq_ray.quantizers import (
     ActivationStart,
     LayerSite,
     activation_starts,
@@ -23,7 +23,7 @@ from dcq_ray.quantize import (
     put_input_quantizers,
     put_quantizers,
 )
-from dcq_ray.quantize.policy import channel_dim
+from dcq_ray.quantizers.policy import channel_dim
 from dcq_ray.records import LayerPlan
 from dcq_ray.section import train_module
 from dcq_ray.spec import WEIGHT_SCHEME_BITS, OptimizerSpec, QuantizeSpec

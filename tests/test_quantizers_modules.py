@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dcq_ray.errors import QuantizeError
-from dcq_ray.quantize.activations import ActivationStart
-from dcq_ray.quantize.functions import nearest_level
-from dcq_ray.quantize.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
-from dcq_ray.quantize.weights import dorefa_weight, lsq_weight
+from dcq_ray.quantizers.activations import ActivationStart
+from dcq_ray.quantizers.functions import nearest_level
+from dcq_ray.quantizers.modules import FrozenInputQuantizer, InputQuantizer, WeightQuantizer
+from dcq_ray.quantizers.weights import dorefa_weight, lsq_weight
 from dcq_ray.spec import WEIGHT_SCHEME_BITS
 
 WEIGHT_SCHEMES = [

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcq_ray.quantize.descent import descend, errors
+from dcq_ray.quantizers.descent import descend, errors
 
 
 def problem(seed: int, *, num_inputs: int, num_rows: int, num_groups: int = 1) -> tuple[Tensor, Tensor]:
