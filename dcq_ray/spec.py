@@ -97,8 +97,8 @@ class TrainSpec(OptimizerSpec):
     """nearest: quantized weights start at the levels nearest to the teacher's; fitted: at those that least squares on
     `start_samples` images finds, layer by layer, to give what the teacher's layers give (Conv2d and Linear, up to 4 bits,
     4 million weights, and 5,000 of them for an output)."""
-    start_samples: PositiveInt = 256
-    """start: fitted only. Train images on which the start is fitted."""
+    start_samples: PositiveInt = 1000
+    """start: fitted only. Train images on which the start is fitted; fewer where a section's inputs from them exceed 512 MiB."""
     inputs: Literal["teacher", "student"] = "teacher"
     """student: over `anneal` of a section's training its inputs turn from the teacher's into those that it will meet, streamed
     from the sections before it as they train, which start earlier (`stagger`)."""

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from dcq_ray.data import Part, epoch_order, ordered_batches, view_images
 from dcq_ray.losses import LossFunction, cross_entropy, distillation
 from dcq_ray.phases import Network, RunSession, activation_memory_bytes, section_objective
 from dcq_ray.phases.objective import objective_loss
 from dcq_ray.phases.reduce import MAX_BATCHNORM_SAMPLES, untrained_student
+from dcq_ray.phases.starting import num_start_samples
 from dcq_ray.quantizers import fit_weights, put_quantizers
 from dcq_ray.section import train_module
 from dcq_ray.stitch import reestimate_batchnorm, stitch
@@ -163,10 +165,10 @@ def epochs_of(lesson: Lesson, num_steps: int) -> tuple[int, int]:
     return epochs, num_steps // epochs
 
 
-def student_sections(lesson: Lesson) -> list[nn.Module]:
+def student_sections(lesson: Lesson) -> list[GraphModule]:
     """The untrained student cut as the plan says; activation quantizers start as those of the whole student."""
     state = _untrained(lesson).state_dict()
-    sections: list[nn.Module] = []
+    sections: list[GraphModule] = []
     for section in lesson.network.sections:
         module = copy.deepcopy(section).to(lesson.device)
         put_quantizers(module, lesson.session.context.plan.layers, trained=True)
@@ -175,11 +177,11 @@ def student_sections(lesson: Lesson) -> list[nn.Module]:
     return sections
 
 
-def _fit_start(lesson: Lesson, section: nn.Module, index: int, before: nn.Module) -> None:
+def _fit_start(lesson: Lesson, section: GraphModule, index: int, before: nn.Module) -> None:
     """Fit a section's weights as the job has its sections begin, on the outputs of the trained sections before it."""
     job = lesson.session.context.job
     teacher_before = nn.Sequential(*lesson.network.sections[:index])
-    num_samples = min(job.train.start_samples, len(lesson.train))
+    num_samples = min(num_start_samples(lesson.session.context, index), len(lesson.train))
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for begin in range(0, num_samples, job.data.batch_size):

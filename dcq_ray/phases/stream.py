@@ -32,6 +32,7 @@ from dcq_ray.phases.context import Emit, Network, choose_device, section_store
 from dcq_ray.phases.objective import objective_loss
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver
 from dcq_ray.phases.sources import Source, with_noise
+from dcq_ray.phases.starting import student_section
 from dcq_ray.phases.stream_saving import SavingTicks, StreamClock, stream_clock
 from dcq_ray.phases.train import (
     SHARDS_PER_WINDOW,
@@ -41,7 +42,6 @@ from dcq_ray.phases.train import (
     open_views,
     section_failure,
     step_reporter,
-    student_section,
     trained_section,
 )
 from dcq_ray.records import RunContext, SectionFailure, SectionResult, SectionTask

@@ -26,9 +26,10 @@ from dcq_ray.errors import DcqError, ShardError, StorageError
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.objective import objective_loss, section_objective
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
-from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
+from dcq_ray.phases.sources import Source, boundary_source, label_source, with_noise
+from dcq_ray.phases.starting import student_section
 from dcq_ray.phases.views import boundary_views
-from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
+from dcq_ray.quantizers import put_quantizers
 from dcq_ray.records import (
     Boundary,
     LayerPlan,
@@ -210,25 +211,6 @@ def train_section(
     )
     remove_checkpoints(context, task.index)
     return committed
-
-
-def student_section(
-    context: RunContext, index: int, network: Network, inputs: Source, device: torch.device, *, resumed: bool
-) -> GraphModule:
-    """A section with its quantizers where they start: on the teacher's weights, or fitted to them, and its first inputs.
-
-    `resumed`: a state of the training is loaded afterwards, so there is nothing to fit.
-    """
-    # A copy: the network serves other sections and measurements after this one.
-    module: GraphModule = copy.deepcopy(network.sections[index]).to(device)
-    layers = context.plan.sections[index].layers
-    job = context.job
-    calibration = first_batches(inputs, job.data.batch_size)
-    put_quantizers(module, layers, activation_starts(module, layers, calibration))
-    if job.train.start == "fitted" and not resumed:
-        rows = first_batches(inputs, job.data.batch_size, job.train.start_samples)
-        fit_weights(module, network.sections[index].to(device), ((value, value) for value in rows), seed=job.seed)
-    return module
 
 
 def trained_section(context: RunContext, result: SectionResult, network: Network) -> GraphModule:

@@ -3,12 +3,12 @@
 The teacher's weights rounded to their nearest levels are a poor place to begin a training of few steps. Layer by layer, in the
 order in which they run, the levels are chosen by least squares on a few images instead (`descent`): the inputs are those that
 the quantized layers before leave, the wanted outputs the teacher's, so each layer also makes good what the ones before spoilt.
-No labels, no gradients, and per layer one pass of both networks up to it.
+No labels, no gradients, and about one pass of both networks (`walk`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,22 @@ from dcq_ray.quantizers.descent import descend, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
 from dcq_ray.quantizers.policy import layer_weight
+from dcq_ray.quantizers.walk import Walk
 
 # Of every image so many places of a layer's input (all channels and the window around it) take part.
-PLACES_PER_IMAGE = 64
+PLACES_PER_IMAGE = 16
+# Of activations, of both networks together; where more are live, they are computed again.
+MAX_KEPT_BYTES = 2**30
 # At many bits rounding costs too little to be made good.
 MAX_FITTED_BITS = 4
 # A fit of so many weights takes some seconds of one core; the moments of so many inputs take a gigabyte.
 MAX_FITTED_WEIGHTS = 4_000_000
 MAX_FITTED_INPUTS = 5_000
-# Added to the diagonal of the moments, as a share of its mean: few images leave directions unseen.
+# Added to the diagonal of the moments, as a share of its mean, so that inputs which are always 0 count a little.
 RIDGE = 1e-4
+# So many of N inputs count as samples in which inputs are independent, and the wanted weights are the teacher's: few images say
+# nothing of some directions, and there the nearest levels are best.
+PRIOR_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +51,8 @@ class LayerFit:
     error_after: float
 
 
-class _Reached(Exception):
-    """No error: it ends a pass at the layer that is looked at."""
-
-
 def fit_weights(
-    student: nn.Module, teacher: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
+    student: GraphModule, teacher: GraphModule, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
@@ -60,7 +62,7 @@ def fit_weights(
 
     Args:
         student: the teacher with quantizers on it (`put_quantizers`); BatchNorm runs on batch statistics meanwhile.
-        teacher: in eval mode, of the same module names.
+        teacher: in eval mode, of the same graph.
         batches: inputs [B, ...] of the student and of the teacher, from the same images.
         seed: of the places that take part.
     """
@@ -72,15 +74,24 @@ def fit_weights(
     for module in student.modules():
         if isinstance(module, _BatchNorm):
             module.train()
+    walks = [
+        Walk(network, batches, max_kept_bytes=MAX_KEPT_BYTES // 2)
+        for network, batches in zip((student, teacher), zip(*kept, strict=True), strict=True)
+    ]
+    ours, theirs = (walk.first_calls() for walk in walks)
     fits = []
     with torch.no_grad():
-        for name, layer in _in_order(student, kept[0][0]):
+        for name, node in ours.items():
+            layer: Any = student.get_submodule(name)
+            if not parametrize.is_parametrized(layer, "weight"):
+                continue
             quantizer = layer.parametrizations["weight"][0]
             # Tied layers share one weight: the first of them decides.
             if not _fittable(layer, quantizer) or id(quantizer) in done:
                 continue
             done.add(id(quantizer))
-            fit = _fit_layer(student, teacher, name, layer, modules[name], kept, name in free, seed)
+            inputs = zip(walks[0].inputs_of(node), walks[1].inputs_of(theirs[name]), strict=True)
+            fit = _fit_layer(layer, modules[name], inputs, name in free, seed, name)
             if fit is not None:
                 fits.append(fit)
     for name, module in student.named_modules():
@@ -92,21 +103,20 @@ def fit_weights(
 
 
 def _fit_layer(
-    student: nn.Module,
-    teacher: nn.Module,
-    name: str,
     layer: Any,
     teacher_layer: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
+    inputs: Iterable[tuple[Tensor, Tensor]],
     scale_free: bool,
     seed: int,
+    name: str,
 ) -> LayerFit | None:
     """Fit one layer; None where there is nothing to gain: a scale or the outputs are all 0."""
-    moments = _moments(student, teacher, name, layer, teacher_layer, batches, seed)
+    moments = _moments(layer, teacher_layer, inputs, seed)
     if moments is None:
         return None
     centred = scale_free or layer.bias is not None
     square, cross, variance = moments.centred() if centred else moments.plain()
+    square, cross = _shrunk(square, cross, layer_weight(teacher_layer).detach().flatten(1), moments.num_samples)
     ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1)
     square = square + ridge[:, None, None] * torch.eye(square.shape[1], device=square.device)
     quantizer: WeightQuantizer = layer.parametrizations["weight"][0]
@@ -133,6 +143,15 @@ def _fit_layer(
     return LayerFit(module=name, error_before=1 + old_error / total, error_after=1 + new_error / total)
 
 
+def _shrunk(square: Tensor, cross: Tensor, rows: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    """H and r drawn towards H's diagonal D and D w, w the teacher's weights [R, N]: what nearest levels are best for."""
+    prior = PRIOR_SHARE * square.shape[1]
+    share = prior / (prior + num_samples)
+    diagonal = square.diagonal(dim1=1, dim2=2)
+    independent = rows.reshape(len(square), -1, rows.shape[1]).to(cross.dtype) * diagonal[:, None]
+    return torch.lerp(square, torch.diag_embed(diagonal), share), torch.lerp(cross, independent.flatten(0, 1), share)
+
+
 # -- what both networks do at a layer ------------------------------------------------------------------------------------
 
 
@@ -153,6 +172,8 @@ class _Moments:
     """E[y x'], [G, R / G, N]."""
     squares: Tensor
     """E[y^2], [G, R / G]."""
+    num_samples: int
+    """Places of images that they are means of."""
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor]:
         """H [G, N, N], r [R, N] and E[y^2] [R], float32."""
@@ -172,19 +193,13 @@ class _Moments:
 
 
 def _moments(
-    student: nn.Module,
-    teacher: nn.Module,
-    name: str,
-    layer: nn.Module,
-    teacher_layer: nn.Module,
-    batches: Sequence[tuple[Tensor, Tensor]],
-    seed: int,
+    layer: nn.Module, teacher_layer: nn.Module, inputs: Iterable[tuple[Tensor, Tensor]], seed: int
 ) -> _Moments | None:
+    """Of pairs of batches that the layer gets in the student and in the teacher; None where a number is not finite."""
     generator = torch.Generator().manual_seed(seed)
     rows = layer_weight(teacher_layer).detach().flatten(1)
     count, sums = 0, None
-    for pair in batches:
-        ours, theirs = (_input_of(module, name, batch) for module, batch in zip((student, teacher), pair, strict=True))
+    for ours, theirs in inputs:
         places = None
         if ours.ndim > 2:
             num_places = _num_places(layer, ours)
@@ -198,26 +213,10 @@ def _moments(
     if sums is None or not all(torch.isfinite(value).all() for value in sums):
         return None
     means = [value / count for value in sums]
-    return _Moments(inputs=means[0], products=means[1], wanted=means[2], crosses=means[3], squares=means[4])
-
-
-def _input_of(network: nn.Module, name: str, batch: Tensor) -> Tensor:
-    """What a layer of a network gets as its input, its quantizer's work done."""
-    found: list[Tensor] = []
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append(inputs[0].detach().clone())
-        raise _Reached
-
-    # Registered last, so the layer's own hooks, an input quantizer above all, have run.
-    handle = network.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        network(batch.clone())
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    inputs, products, wanted, crosses, squares = means
+    return _Moments(
+        inputs=inputs, products=products, wanted=wanted, crosses=crosses, squares=squares, num_samples=count
+    )
 
 
 def _num_places(layer: nn.Module, value: Tensor) -> int:
@@ -236,10 +235,22 @@ def _windows(layer: nn.Module, value: Tensor, places: Tensor | None) -> Tensor:
     (top, bottom), (left, right) = _padding(layer)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = functional.pad(value, (left, right, top, bottom), mode=mode)
-    windows = functional.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    chosen = windows if places is None else windows[:, :, places]
+    # Views of all windows, of which only those at the places are copied.
+    windows = padded
+    for axis, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2
+    ):
+        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    rows, columns = _rows_and_columns(places, windows.shape[2:4])
+    chosen = windows[:, :, rows, columns].permute(0, 1, 3, 4, 2).flatten(1, 3)
     grouped = chosen.reshape(len(value), layer.groups, -1, chosen.shape[-1])
     return grouped.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _rows_and_columns(places: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Where places of an image lie, in the order of its rows; all of them where None."""
+    numbers = torch.arange(shape[0] * shape[1]) if places is None else places
+    return numbers // shape[1], numbers % shape[1]
 
 
 def _padding(layer: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -266,26 +277,8 @@ def _fittable(layer: nn.Module, quantizer: WeightQuantizer) -> bool:
     )
 
 
-def _in_order(student: nn.Module, batch: Tensor) -> list[tuple[str, Any]]:
-    """The layers with a quantized weight in the order in which they first run; one that never runs is left out."""
-    ran: dict[str, Any] = {}
-    handles = []
-    for name, layer in student.named_modules():
-        if parametrize.is_parametrized(layer, "weight"):
-            hook: Callable[..., None] = lambda module, _, name=name: ran.setdefault(name, module) and None  # noqa: E731
-            handles.append(layer.register_forward_pre_hook(hook))
-    try:
-        student(batch[:2].clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(ran.items())
-
-
-def _before_batchnorm(teacher: nn.Module) -> set[str]:
+def _before_batchnorm(teacher: GraphModule) -> set[str]:
     """Names of the layers whose output goes into a BatchNorm and nowhere else."""
-    if not isinstance(teacher, GraphModule):
-        return set()
     modules = dict(teacher.named_modules())
 
     def is_batchnorm(node: Any) -> bool:
