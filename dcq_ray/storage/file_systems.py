@@ -16,6 +16,8 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 # nothing came for so long; 3 s unless told, which a busy server may need to think.
 REQUEST_TIMEOUT_SECONDS = 20.0
 MAX_REQUEST_ATTEMPTS = 3
+# Of a client in a hurry, which asks once.
+HURRIED_TIMEOUT_SECONDS = 4.0
 
 
 @contextlib.contextmanager
@@ -34,13 +36,22 @@ def file_system(uri: str) -> tuple[fs.FileSystem, str]:
         with as_os_error():
             return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     # The path is not part of what the client is made of, and making one takes requests.
-    system = _bucket_system(f"{parts.scheme.lower()}://{parts.netloc}" + (f"?{parts.query}" if parts.query else ""))
     bucket = parts.netloc.rpartition("@")[2]
-    return system, f"{bucket}/{parts.path.strip('/')}".rstrip("/")
+    return _bucket_system(_bucket_uri(uri)), f"{bucket}/{parts.path.strip('/')}".rstrip("/")
+
+
+def hurried_file_system(uri: str) -> fs.FileSystem:
+    """That of an S3 or GCS URI for who would rather fail than wait: each request is made once."""
+    return _bucket_system(_bucket_uri(uri), hurried=True)
+
+
+def _bucket_uri(uri: str) -> str:
+    parts = urlsplit(uri)
+    return f"{parts.scheme.lower()}://{parts.netloc}" + (f"?{parts.query}" if parts.query else "")
 
 
 @functools.lru_cache(maxsize=32)
-def _bucket_system(uri: str) -> fs.FileSystem:
+def _bucket_system(uri: str, *, hurried: bool = False) -> fs.FileSystem:
     with as_os_error():
         # It also looks for what is wrong in the URI, and for the bucket's region.
         system, _ = fs.FileSystem.from_uri(uri)
@@ -50,14 +61,14 @@ def _bucket_system(uri: str) -> fs.FileSystem:
                 return system
             # Fifteen minutes unless told: longer than a lease.
             return fs.GcsFileSystem(
-                retry_time_limit=timedelta(seconds=REQUEST_TIMEOUT_SECONDS),
+                retry_time_limit=timedelta(seconds=HURRIED_TIMEOUT_SECONDS if hurried else REQUEST_TIMEOUT_SECONDS),
                 **{key: options[key] for key in ("scheme", "endpoint_override") if key in options},
             )
         return fs.S3FileSystem(
             region=system.region,
-            connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            request_timeout=REQUEST_TIMEOUT_SECONDS,
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=MAX_REQUEST_ATTEMPTS),
+            connect_timeout=HURRIED_TIMEOUT_SECONDS if hurried else CONNECT_TIMEOUT_SECONDS,
+            request_timeout=HURRIED_TIMEOUT_SECONDS if hurried else REQUEST_TIMEOUT_SECONDS,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1 if hurried else MAX_REQUEST_ATTEMPTS),
             # So that what is small is one request, not the three of an upload in parts.
             allow_delayed_open=True,
             # The default, said aloud: only so does a part that failed keep the stream from completing when it is collected.

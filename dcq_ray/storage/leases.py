@@ -6,8 +6,12 @@ word), so there a lease expires unless its holder renews it. What that does not 
 - Clocks of the machines must agree to within a few seconds, since the expiry is a time of day.
 - Two who start within the same moment both write, wait, and read whose file stayed; where one was delayed for longer than
   that wait, both hold the lease until the loser next renews it.
-- A holder that was cut off for longer than the expiry does not know that it lost the lease; it must compare epochs
-  before it commits.
+- A renewal is begun only if the holder is still the one that the file names, and so early that it has ended, or been given
+  up by S3's and GCS's clients, before the lease expires. Where a given-up request (or one of another storage, whose clients
+  have no such limit) arrives at the store later still, it may name a holder again that lost the lease: for at most one
+  renewal of the new one, which so learns that it is not alone, and stops.
+- A holder that could not renew in time stops. What it began before may still arrive: it must compare epochs before it
+  commits.
 - After a holder died, the others wait until its lease has expired.
 """
 
@@ -17,6 +21,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -30,6 +35,9 @@ from dcq_ray.storage.store import Store
 
 EXPIRY_SECONDS = 60.0
 RENEWAL_SECONDS = 15.0
+RETRY_SECONDS = 3.0
+TRY_SECONDS = 25.0
+"""The longest that a renewal takes: up to five requests of a client in a hurry, and a little."""
 SETTLE_SECONDS = 1.0
 
 _logger = logging.getLogger(__name__)
@@ -100,27 +108,85 @@ def next_epoch(store: Store, name: str) -> int:
 
 
 @contextlib.contextmanager
-def hold_lease(store: Store, name: str, owner: str, on_held: Callable[[Lease], None]) -> Iterator[int]:
+def hold_lease(
+    store: Store,
+    name: str,
+    owner: str,
+    on_held: Callable[[Lease], None],
+    lost_error: Callable[[Lease | None], Exception] | None = None,
+) -> Iterator[int]:
     """Hold an expiring lease while the block runs, renewed by a daemon thread, and yield its epoch.
 
     Args:
         on_held: called with the other's lease each time it is found held; raises to give up, or sleeps to try again.
+        lost_error: makes the error with which the block ends once the lease is lost, from the new holder's lease, or None
+            where it could not be renewed; in the main thread the block is interrupted. None: a loss does no harm.
     """
     while not isinstance(lease := _try_lease(store, name, owner), _Mine):
         on_held(lease)
-    mine = lease.lease
-    stop = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(store, name, mine, stop), name=f"renew {name}", daemon=True)
-    renewal.start()
-    try:
-        yield mine.epoch
-    finally:
-        stop.set()
-        renewal.join()
-        # Where it cannot be given back, it expires.
-        with contextlib.suppress(StorageError):
-            if _is_mine(store, name, mine):
-                store.write_bytes(name, to_json(replace(mine, expires_at=0.0)))
+    mine, hurried = lease.lease, store.hurried()
+    stop, losses = threading.Event(), list[Lease | None]()
+    with _Interruption(enabled=lost_error is not None) as interruption:
+
+        def lose(found: Lease | None) -> None:
+            losses.append(found)
+            interruption.interrupt()
+
+        renewal = threading.Thread(
+            target=_renew, args=(hurried, name, mine, stop, lose), name=f"renew {name}", daemon=True
+        )
+        renewal.start()
+        try:
+            yield mine.epoch
+        except BaseException as error:
+            if losses and lost_error is not None:
+                raise lost_error(losses[0]) from error
+            raise
+        finally:
+            interruption.end()
+            stop.set()
+            renewal.join()
+            # Where it cannot be given back, it expires.
+            with contextlib.suppress(StorageError):
+                if not losses and _is_mine(hurried, name, mine):
+                    hurried.write_bytes(name, to_json(replace(mine, expires_at=0.0)))
+    if losses and lost_error is not None:
+        raise lost_error(losses[0])
+
+
+class _Lost(BaseException):
+    """The lease is lost: nothing but who holds it may catch this."""
+
+
+class _Interruption(contextlib.AbstractContextManager["_Interruption"]):
+    """Lets a thread end what the main thread does with `_Lost`, by a signal, which also ends its waiting."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> _Interruption:
+        if self._enabled:
+            self._earlier = signal.signal(signal.SIGUSR2, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._enabled:
+            signal.signal(signal.SIGUSR2, self._earlier)
+        self._enabled = False
+
+    def interrupt(self) -> None:
+        """To be called by the other thread."""
+        if self._enabled:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+
+    def end(self) -> None:
+        """From here on the main thread is no longer interrupted."""
+        if self._enabled:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    @staticmethod
+    def _raise(*_: object) -> None:
+        raise _Lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +227,24 @@ def _is_mine(store: Store, name: str, mine: Lease) -> bool:
     return found is not None and found.token == mine.token
 
 
-def _renew(store: Store, name: str, mine: Lease, stop: threading.Event) -> None:
-    where = store.location(name)
-    while not stop.wait(RENEWAL_SECONDS):
+def _renew(store: Store, name: str, mine: Lease, stop: threading.Event, lose: Callable[[Lease | None], None]) -> None:
+    """Renew a lease until told to stop, or until it is lost."""
+    where, pause_seconds = store.location(name), RENEWAL_SECONDS
+    expires_at = mine.expires_at or 0.0
+    while not stop.wait(pause_seconds):
+        pause_seconds = RETRY_SECONDS
+        if time.time() + TRY_SECONDS > expires_at:
+            _logger.warning("%s: the lease could not be renewed before it expires", where)
+            lose(None)
+            return
         try:
-            if not _is_mine(store, name, mine):
+            found = _undamaged_lease(store, name)
+            if found is None or found.token != mine.token:
                 _logger.warning("%s: another process has taken this lease over", where)
+                lose(found)
                 return
-            store.write_bytes(name, to_json(replace(mine, expires_at=time.time() + EXPIRY_SECONDS)))
+            renewed = time.time() + EXPIRY_SECONDS
+            store.write_bytes(name, to_json(replace(mine, expires_at=renewed)))
+            expires_at, pause_seconds = renewed, RENEWAL_SECONDS
         except StorageError as error:
-            _logger.warning(
-                "%s: the lease could not be renewed, tried again in %g s: %s", where, RENEWAL_SECONDS, error
-            )
+            _logger.warning("%s: the lease could not be renewed, tried again in %g s: %s", where, RETRY_SECONDS, error)

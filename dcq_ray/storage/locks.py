@@ -37,7 +37,7 @@ def hold_run(store: Store, *, owner: str) -> AbstractContextManager[int]:
     deletes `lease.lock` or `lease.json` from outside breaks this.
 
     Raises:
-        RunBusyError: another live run holds it.
+        RunBusyError: another live run holds it; or this one lost it meanwhile, which then ends the block.
         StorageError: the folder cannot be written, or its file system has no locks.
     """
     if store.local_path(_RUN_LOCK_FILE) is not None:
@@ -47,7 +47,14 @@ def hold_run(store: Store, *, owner: str) -> AbstractContextManager[int]:
         seconds = max(0.0, (lease.expires_at or 0.0) - time.time())
         raise _busy(store, lease, f"; if it is dead, its hold ends in {seconds:.0f} s")
 
-    return hold_lease(store, LEASE_FILE, owner, refuse)
+    def lost(lease: Lease | None) -> RunBusyError:
+        why = "it could not be renewed in time" if lease is None else f"it was taken over by {lease}"
+        return RunBusyError(
+            f"{store.location()}: this run no longer holds its run directory: {why}. Nothing was written since; what was finished "
+            "is kept, and the same command again resumes once nobody else holds it"
+        )
+
+    return hold_lease(store, LEASE_FILE, owner, refuse, lost)
 
 
 def current_epoch(store: Store) -> int:

@@ -15,12 +15,12 @@ import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, TypeVar, cast
 
 from pyarrow import fs
 
-from dcq_ray.storage.file_systems import as_os_error
+from dcq_ray.storage.file_systems import as_os_error, hurried_file_system
 from dcq_ray.storage.local_files import StoredFile
 from dcq_ray.storage.retries import tried_again
 
@@ -36,15 +36,22 @@ class ObjectFiles:
 
     system: fs.FileSystem
     root: str
+    max_tries: int | None = None
+    """Of every operation; None: as many as `retries` says."""
 
     def child(self, name: str) -> ObjectFiles:
-        return ObjectFiles(self.system, self.path(name))
+        return replace(self, root=self.path(name))
+
+    def hurried(self, uri: str) -> ObjectFiles:
+        """The same files by a client that asks once; `uri`: of these files. Only S3's and GCS's can be had so."""
+        known = isinstance(self.system, fs.S3FileSystem | fs.GcsFileSystem)
+        return replace(self, system=hurried_file_system(uri) if known else self.system, max_tries=1)
 
     def path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}" if self.root else name
 
     def read(self, name: str) -> bytes:
-        return tried_again(lambda: self._read(self.path(name)))
+        return tried_again(lambda: self._read(self.path(name)), self.max_tries)
 
     @contextlib.contextmanager
     def open_output(self, name: str) -> Iterator[BinaryIO]:
@@ -61,7 +68,7 @@ class ObjectFiles:
                     self._upload(name, content)
 
     def size(self, name: str) -> int | None:
-        return tried_again(lambda: self._size(self.path(name)))
+        return tried_again(lambda: self._size(self.path(name)), self.max_tries)
 
     def exists(self, name: str) -> bool:
         return bool(self._info(name).type != fs.FileType.NotFound)
@@ -79,13 +86,13 @@ class ObjectFiles:
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            _tried(lambda: self.system.delete_file(self.path(name)))
+            self._tried(lambda: self.system.delete_file(self.path(name)))
 
     def delete_tree(self) -> None:
         # A root without a slash is a bucket, which is not ours to remove.
         inner = "/" in self.root.strip("/")
         with contextlib.suppress(FileNotFoundError):
-            _tried(lambda: (self.system.delete_dir if inner else self.system.delete_dir_contents)(self.root))
+            self._tried(lambda: (self.system.delete_dir if inner else self.system.delete_dir_contents)(self.root))
 
     def delete_leftovers(self) -> None:
         """Nothing to do: a dead writer's upload was never committed."""
@@ -120,18 +127,18 @@ class ObjectFiles:
 
     def _list(self, *, recursive: bool = False) -> list[fs.FileInfo]:
         selector = fs.FileSelector(self.root, allow_not_found=True, recursive=recursive)
-        found: list[fs.FileInfo] = _tried(lambda: self.system.get_file_info(selector))
+        found: list[fs.FileInfo] = self._tried(lambda: self.system.get_file_info(selector))
         # An answer that broke off between its headers looks like an empty folder.
-        return found or _tried(lambda: self.system.get_file_info(selector))
+        return found or self._tried(lambda: self.system.get_file_info(selector))
 
     def _info(self, name: str) -> fs.FileInfo:
-        return _tried(lambda: self.system.get_file_info(self.path(name)))
+        return self._tried(lambda: self.system.get_file_info(self.path(name)))
 
     def _upload(self, name: str, content: bytes | mmap.mmap) -> None:
         # In a thread of its own, where no signal interrupts it: pyarrow commits a stream when it is collected, whatever
         # was written to it by then.
         with ThreadPoolExecutor(1, thread_name_prefix="upload") as executor:
-            executor.submit(_tried, lambda: self._write(self.path(name), content)).result()
+            executor.submit(self._tried, lambda: self._write(self.path(name), content)).result()
 
     def _write(self, path: str, content: bytes | mmap.mmap) -> None:
         stream = self._open_stream(path)
@@ -146,10 +153,9 @@ class ObjectFiles:
             self.system.create_dir(path.rpartition("/")[0], recursive=True)
             return cast(BinaryIO, self.system.open_output_stream(path, compression=None))
 
+    def _tried(self, operation: Callable[[], T]) -> T:
+        def once() -> T:
+            with as_os_error():
+                return operation()
 
-def _tried(operation: Callable[[], T]) -> T:
-    def once() -> T:
-        with as_os_error():
-            return operation()
-
-    return tried_again(once)
+        return tried_again(once, self.max_tries)

@@ -26,16 +26,20 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
-def tried_again(operation: Callable[[], T]) -> T:
-    """What an idempotent operation gives, begun again where it fails with an OSError that may pass; raises the last one."""
+def tried_again(operation: Callable[[], T], max_tries: int | None = None) -> T:
+    """What an idempotent operation gives, begun again where it fails with an OSError that may pass; raises the last one.
+
+    `max_tries`: None for `MAX_TRIES`.
+    """
     started = time.monotonic()
     pause_seconds = FIRST_PAUSE_SECONDS
-    for number in range(1, MAX_TRIES + 1):
+    max_tries = MAX_TRIES if max_tries is None else max_tries
+    for number in range(1, max_tries + 1):
         try:
             return operation()
         except OSError as error:
             late = time.monotonic() - started + pause_seconds > GIVE_UP_SECONDS
-            if number == MAX_TRIES or late or not may_pass(error):
+            if number == max_tries or late or not may_pass(error):
                 if number > 1:
                     raise OSError(f"{error} (tried {number} times)") from error
                 raise
