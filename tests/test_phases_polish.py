@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from killing import Killed, killed
 from torch import nn
 
 from dcq_ray.data import load_splits
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import run_local
+from dcq_ray.phases import run_local, saving
 from dcq_ray.phases.polish import Judge, attempt_step
-from dcq_ray.records import RunReport
+from dcq_ray.phases.saving import StopRequest
+from dcq_ray.records import Progress, RunReport
 
 
 def judge_on(document: dict[str, Any], folder: Path, reference: torch.Tensor | None = None) -> Judge:
@@ -63,7 +66,7 @@ def finished(document: dict[str, Any], folder: Path, **reduce: Any) -> RunReport
 def test_the_polish_helps_a_hardly_trained_student_and_is_reported(
     job_document: dict[str, Any], tmp_path: Path
 ) -> None:
-    document = {**job_document, "train": {"epochs": 1, "batch_size": 32, "lr": 1e-5}}
+    document = {**job_document, "train": {"epochs": 1, "batch_size": 32, "lr": 1e-5, "start": "nearest"}}
     plain = finished(document, tmp_path)
     polished = finished(document, tmp_path, polish_epochs=3, polish_lr=3e-3)
     assert [step.name for step in plain.merge_steps] == ["BatchNorm re-estimated"]
@@ -85,3 +88,60 @@ def test_a_polish_that_hurts_is_undone(job_document: dict[str, Any], tmp_path: P
     assert plain.student is not None
     assert wild.student is not None
     assert wild.student.sha256 == plain.student.sha256
+
+
+# -- killed ------------------------------------------------------------------------------------------------------------
+
+POLISH = {"polish_epochs": 3, "polish_lr": 3e-3}
+
+
+def polished(
+    document: dict[str, Any], folder: Path, name: str, events: list[Progress], stop: StopRequest | None = None
+) -> RunReport:
+    document = copy.deepcopy(document)
+    document["storage"].update(run_dir=str(folder / name), checkpoint_seconds=1e-9)
+    document.update(reduce=POLISH, train={"epochs": 1, "batch_size": 32, "lr": 1e-5, "start": "nearest"})
+    job = resolve_job(document, source="test")
+    return run_local(job, str(folder), emit=events.append, owner="test", stop=stop)
+
+
+@pytest.mark.slow
+def test_a_polish_killed_anywhere_goes_on_to_the_very_same_student(
+    job_document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "TIMES_ITS_COST", 0.0)
+    whole = polished(job_document, tmp_path, "whole", [])
+    # Three epochs of ten steps, saved after each, and at an epoch's end: in the first, at its end, and after the last.
+    for at_write, resumed_after in ((7, 3), (21, 10), (59, 29)):
+        with killed(at_write, inside="/polish/"), pytest.raises(Killed):
+            polished(job_document, tmp_path, f"broken-{at_write}", [])
+        events: list[Progress] = []
+        report = polished(job_document, tmp_path, f"broken-{at_write}", events)
+        assert report.student == whole.student
+        assert report.merge_steps == whole.merge_steps
+        told = [event.detail for event in events if "polish, resumed" in event.detail]
+        assert told == [f"polish, resumed after step {resumed_after}"]
+        assert not (tmp_path / f"broken-{at_write}" / "polish").exists()
+
+
+@pytest.mark.slow
+def test_a_polish_that_is_stopped_saves_itself_first(job_document: dict[str, Any], tmp_path: Path) -> None:
+    whole = polished(job_document, tmp_path, "whole", [])
+
+    class Stopped(Exception):
+        pass
+
+    def raise_stopped() -> NoReturn:
+        raise Stopped
+
+    stop = StopRequest(raise_stopped)
+
+    class StopsInPolish(list[Progress]):
+        def append(self, event: Progress) -> None:
+            if event.detail == "polish" and event.done == 10:
+                stop.make()
+
+    with pytest.raises(Stopped):
+        polished(job_document, tmp_path, "stopped", StopsInPolish(), stop)
+    assert len(list((tmp_path / "stopped" / "polish").rglob("*.safetensors"))) == 1
+    assert polished(job_document, tmp_path, "stopped", []).student == whole.student

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
@@ -66,7 +67,9 @@ def run_local(
         measured = measure_sections(context, unknown, network, splits) if unknown else ()
         measurements = sorted([*known, *measured], key=lambda measurement: measurement.index)
         scores = measure_untrained(context, network, splits)
-        finished = finish(context, ordered, network, splits, emit=session.emit)
+        # A polish saves itself before it ends, as a training does; all else of this phase is done again.
+        with stop.training() if context.job.reduce.polish_epochs else contextlib.nullcontext():
+            finished = finish(context, ordered, network, splits, emit=session.emit, request=stop)
         report = report_success(
             session, ordered, measurements, scores, finished, num_workers=1, train_seconds=train_seconds
         )

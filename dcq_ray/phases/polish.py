@@ -6,7 +6,9 @@ anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,18 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from dcq_ray.data import Part, Splits, ordered_batches
+from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
+from dcq_ray.errors import StorageError
 from dcq_ray.losses import distillation
-from dcq_ray.phases.context import Emit, Network
+from dcq_ray.phases.checkpoints import Checkpoint, Effort, newest_checkpoint, save_checkpoint
+from dcq_ray.phases.context import Emit, Network, refuse_stale
+from dcq_ray.phases.saving import Pace, SaveRequest
 from dcq_ray.phases.views import images_of_view, num_views
 from dcq_ray.records import MergeStep, Progress, RunContext
-from dcq_ray.section import train_module
+from dcq_ray.section import TrainingState, train_module
 from dcq_ray.shards import sample_order
+from dcq_ray.spec import TrainSpec
+from dcq_ray.storage import Store, open_store
 from dcq_ray.validate import agreement, predict, top_k
 
 # The rate of the polish as a share of the sections': it starts from a network that already works.
 POLISH_RATE_SHARE = 0.3
 # The order of the polish is drawn as that of a section which no plan has.
 POLISH_SECTION = 2**31
+POLISH_FOLDER = "polish"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,23 +80,58 @@ def attempt_step(
     return MergeStep(name=name, score_before=score_before, score_after=score_after, accepted=accepted)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Polished:
+    """What a polish gave."""
+
+    step: MergeStep
+    before: Effort
+    """Of processes that began it, and were killed."""
+
+
 def polish(
-    context: RunContext, student: nn.Module, network: Network, splits: Splits, judge: Judge, *, emit: Emit
-) -> MergeStep:
+    context: RunContext,
+    student: nn.Module,
+    network: Network,
+    splits: Splits,
+    judge: Judge,
+    *,
+    emit: Emit,
+    request: SaveRequest | None = None,
+) -> Polished:
     """Train the stitched student end to end for `reduce.polish_epochs`, in place; it keeps its best epoch by the judge.
 
     The loss is the distillation from the teacher's logits (Hinton et al. 2015, arXiv 1503.02531), so images need no labels.
-    With `reduce.roll_back` the student as it came counts as an epoch, too.
+    With `reduce.roll_back` the student as it came counts as an epoch, too. It saves itself as sections do, and goes on from
+    the newest whole checkpoint of a polish of this very student.
+
+    Args:
+        request: asked at every step whether somebody wants a checkpoint at once.
     """
+    started, start_cpu_seconds = time.monotonic(), time.process_time()
     job, device = context.job, judge.device
     teacher = network.teacher.module.to(device)
     batch_size = min(job.train.batch_size, len(splits.train))
     steps_per_epoch = len(splits.train) // batch_size
     lr = POLISH_RATE_SHARE * job.train.lr if job.reduce.polish_lr is None else job.reduce.polish_lr
+    settings = job.train.model_copy(update={"lr": lr, "epochs": job.reduce.polish_epochs})
+    store = polish_store(context, student, splits, settings)
+
+    def on_damage(told: str) -> None:
+        emit(Progress(phase="reduce", detail=told))
+
+    begun, name = newest_checkpoint(store, on_damage=on_damage)
+    before = Effort() if begun is None else begun.effort
+    scores = [] if begun is None else list(begun.held_out_top1s)
     score_before = judge(student)
-    best_score = score_before if job.reduce.roll_back else -1.0
+    best_score = max([score_before if job.reduce.roll_back else -1.0, *scores])
+    # Whole, with its metadata, by which a class such as MNASNet knows what it loads.
     best = copy.deepcopy(student.state_dict())
-    scores = []
+    improved = begun is not None and bool(begun.best)
+    if begun is not None:
+        best.update(begun.best)
+        emit(Progress(phase="reduce", detail=f"polish, resumed after step {begun.training.num_steps}"))
+    request, pace = SaveRequest() if request is None else request, Pace(job.storage.checkpoint_seconds)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         num_samples = len(splits.train)
@@ -102,29 +146,74 @@ def polish(
             yield images, logits
 
     def after_epoch(_: int) -> None:
-        nonlocal best_score, best
+        nonlocal best_score, best, improved
         score = judge(student)
         scores.append(score)
         if score > best_score:
-            best_score, best = score, copy.deepcopy(student.state_dict())
+            best_score, best, improved = score, copy.deepcopy(student.state_dict()), True
 
     def on_step(step: int, loss: float) -> None:
         if step % 10 == 0:
             total = job.reduce.polish_epochs * steps_per_epoch
             emit(Progress(phase="reduce", done=step, total=total, unit="steps", loss=loss, detail="polish"))
 
+    def on_state(training: TrainingState) -> None:
+        nonlocal name
+        if not (request.wanted or pace.due_after_epoch):
+            return
+        effort = Effort(
+            seconds=before.seconds + time.monotonic() - started,
+            cpu_seconds=before.cpu_seconds + time.process_time() - start_cpu_seconds,
+            epoch=context.epoch,
+        )
+        state = Checkpoint(
+            training=training, effort=effort, held_out_top1s=tuple(scores), best=best if improved else {}
+        )
+        with pace.saving():
+            name = save_checkpoint(store, state, beside=name, check=lambda: refuse_stale(context))
+        if request.wanted:
+            request.answer()
+
     train_module(
         student,
         batches,
-        settings=job.train.model_copy(update={"lr": lr, "epochs": job.reduce.polish_epochs}),
+        settings=settings,
         steps_per_epoch=steps_per_epoch,
+        start=None if begun is None else begun.training,
         loss=distillation(job.train.temperature),
         device=device,
         what="polish",
         on_step=on_step,
         after_epoch=after_epoch,
+        on_state=on_state,
+        state_due=lambda: request.wanted or pace.due,
     )
     student.load_state_dict(best)
     reached = max(scores, default=score_before)
     accepted = bool(scores) and best_score == reached
-    return MergeStep(name="polish", score_before=score_before, score_after=reached, accepted=accepted)
+    step = MergeStep(name="polish", score_before=score_before, score_after=reached, accepted=accepted)
+    return Polished(step=step, before=before)
+
+
+def polish_store(context: RunContext, student: nn.Module, splits: Splits, settings: TrainSpec) -> Store:
+    """The folder of the checkpoints of a student's polish, named by all that determines it."""
+    job = context.job
+    content = {
+        "student": tensors_sha256(student.state_dict()),
+        "teacher": context.plan.teacher_sha256,
+        "train": splits.train.sha256,
+        "held_out": splits.held_out.sha256,
+        "data_batch_size": job.data.batch_size,
+        "settings": settings.model_dump(mode="json"),
+        "roll_back": job.reduce.roll_back,
+        "seed": job.seed,
+        "device": context.device,
+        "versions": library_versions(),
+    }
+    return open_store(context.run_dir).child(POLISH_FOLDER, json_sha256(content)[:32])
+
+
+def remove_polish(store: Store) -> None:
+    """Remove what polishes left in a run directory, whose student is written now; what cannot be removed harms nobody."""
+    with contextlib.suppress(StorageError):
+        store.child(POLISH_FOLDER).delete_tree()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from dcq_ray.callables import load_callable
 from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.errors import DataError
+from dcq_ray.phases.checkpoints import Effort
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
-from dcq_ray.phases.polish import attempt_step, judge_of, polish
+from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
 from dcq_ray.phases.prepare import part_top1
+from dcq_ray.phases.saving import SaveRequest
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.train import layer_identity, section_weights, trained_section
 from dcq_ray.quantizers import activation_starts, bake, packed_num_bytes, put_input_quantizers
@@ -193,11 +195,20 @@ def untrained_student(context: RunContext, network: Network, train: Part, device
 
 
 def finish(
-    context: RunContext, results: Sequence[SectionResult], network: Network, splits: Splits, *, emit: Emit
+    context: RunContext,
+    results: Sequence[SectionResult],
+    network: Network,
+    splits: Splits,
+    *,
+    emit: Emit,
+    request: SaveRequest | None = None,
 ) -> Finished:
     """Stitch the sections, re-estimate BatchNorm, validate, and write the student.
 
     `student.safetensors` is committed before the driver writes the report that names its digest.
+
+    Args:
+        request: asked at every step of a polish whether somebody wants a checkpoint at once.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
@@ -211,7 +222,7 @@ def finish(
     states = [section_weights(context, result) for result in results]
     student = stitch(network.teacher.module, context.plan.layers, states)
     say(1)
-    merge_steps = merge(context, student, network, splits, device, emit=emit)
+    merged = merge(context, student, network, splits, device, emit=emit, request=request)
     extra = bake(student)
     say(2)
     validation = validate(context, student, extra, network, splits.held_out, device)
@@ -228,27 +239,46 @@ def finish(
         "sha256": sha256,
     }
     refuse_stale(context)
-    open_store(context.run_dir).write_bytes(STUDENT_FILE, state_bytes(state, metadata))
+    store = open_store(context.run_dir)
+    store.write_bytes(STUDENT_FILE, state_bytes(state, metadata))
+    remove_polish(store)
     return Finished(
         student_sha256=sha256,
         student_num_bytes_packed=packed_num_bytes(state, context.plan.layers),
         test_top1=test_top1,
         validation=validation,
-        merge_steps=merge_steps,
-        seconds=time.monotonic() - started,
-        cpu_seconds=time.process_time() - start_cpu_seconds,
+        merge_steps=merged.steps,
+        seconds=merged.before.seconds + time.monotonic() - started,
+        cpu_seconds=merged.before.cpu_seconds + time.process_time() - start_cpu_seconds,
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What each step of a merge gave on held-out images."""
+
+    steps: tuple[MergeStep, ...] = ()
+    before: Effort = field(default_factory=Effort)
+    """Of processes that began a polish, and were killed."""
+
+
 def merge(
-    context: RunContext, student: nn.Module, network: Network, splits: Splits, device: torch.device, *, emit: Emit
-) -> tuple[MergeStep, ...]:
-    """Improve the stitched student in place, as the job says, and tell what each step gave on held-out images."""
-    job, steps = context.job, []
+    context: RunContext,
+    student: nn.Module,
+    network: Network,
+    splits: Splits,
+    device: torch.device,
+    *,
+    emit: Emit,
+    request: SaveRequest | None = None,
+) -> Merged:
+    """Improve the stitched student in place, as the job says; `request`: as of `finish`."""
+    job, before = context.job, Effort()
+    steps: list[MergeStep] = []
     if not (job.reduce.polish_epochs or (job.reduce.reestimate_batchnorm and job.reduce.roll_back)):
         # Nothing is to be chosen, so nothing is scored.
         adapt_batchnorm(context, student, splits.train, device)
-        return ()
+        return Merged()
     judge = judge_of(context, network, splits.held_out, device)
 
     def adapt() -> None:
@@ -261,10 +291,12 @@ def merge(
     student.to(device)
     settle("BatchNorm re-estimated")
     if job.reduce.polish_epochs:
-        steps.append(polish(context, student, network, splits, judge, emit=emit))
-        if steps[-1].accepted:
+        polished = polish(context, student, network, splits, judge, emit=emit, request=request)
+        steps.append(polished.step)
+        before = polished.before
+        if polished.step.accepted:
             settle("BatchNorm re-estimated after the polish")
-    return tuple(steps)
+    return Merged(steps=tuple(steps), before=before)
 
 
 def adapt_batchnorm(context: RunContext, student: nn.Module, train: Part, device: torch.device) -> None:

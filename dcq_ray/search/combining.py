@@ -171,7 +171,7 @@ def combination_score(library: Library, choices: Sequence[int], judge: Judge, st
     layers = [layer for k, number in enumerate(choices) for layer in members[number].context.plan.sections[k].layers]
     states = [section_weights(members[number].context, result) for number, result in zip(choices, results, strict=True)]
     student = stitch(library.network.teacher.module, layers, states)
-    steps = merge(context, student, library.network, splits, library.device, emit=ignore_progress)
+    steps = merge(context, student, library.network, splits, library.device, emit=ignore_progress).steps
     if steps:
         score = steps[-1].score_after if steps[-1].accepted else steps[-1].score_before
     else:
