@@ -1,4 +1,4 @@
-"""Show progress: live lines on a terminal, timestamped lines or JSON lines elsewhere; and a run's status as a table."""
+"""Show progress: live on a terminal, in one line that rewrites itself, in lines or as JSON; and a run's status as a table."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from rich.text import Text
 
 from dcq_ray.records import Progress, StatusReport, to_jsonable
 
-Style = Literal["live", "plain", "json"]
+Style = Literal["live", "line", "plain", "json"]
 SECONDS_BETWEEN_PLAIN_LINES = 5.0
+SECONDS_BETWEEN_REWRITES = 0.2
 PHASES = ("teacher", "plan", "changed", "dump", "train", "reduce", "baseline")
 STATE_STYLES = {"waiting": "dim", "running": "cyan", "done": "green", "reused": "green", "failed": "bold red"}
 # Rows that the terminal's own lines, the summary and a message need beside the sections.
@@ -39,6 +40,8 @@ class Monitor:
         self._lock = threading.Lock()
         self.console = Console(file=stream, highlight=False)
         self.live: Live | None = None
+        self._rewritten = float("-inf")
+        self._width = 0
 
     def update(self, progress: Progress) -> None:
         """Take the latest state of one piece of work."""
@@ -50,6 +53,10 @@ class Monitor:
             if self._style == "live":
                 if self.live is not None:
                     self.live.update(self.render())
+            elif self._style == "line":
+                if progress.state != "running" or now - self._rewritten >= SECONDS_BETWEEN_REWRITES:
+                    self._rewritten = now
+                    self._rewrite(self._in_one_line(progress))
             elif self._is_due(key, progress, now):
                 self._shown[key] = (progress.state, now)
                 self._print(self._as_json(progress, now) if self._style == "json" else self._as_text(progress, now))
@@ -62,6 +69,9 @@ class Monitor:
                 self.console.print(escape(text), style="dim")
             elif self._style == "json":
                 self._print(json.dumps({"time": _time(now), "message": text}))
+            elif self._style == "line":
+                self._rewrite(text)
+                self.end_line()
             else:
                 self._print(f"{_time(now)} {text}")
 
@@ -72,6 +82,27 @@ class Monitor:
     def render(self) -> RenderableType:
         """What a terminal shows now."""
         return progress_table(self.lines(), max_rows=max(4, self.console.height - SPARE_ROWS))
+
+    def end_line(self) -> None:
+        """Leave the line that rewrites itself as it stands."""
+        if self._width:
+            self._width = 0
+            self._print("")
+
+    def _rewrite(self, text: str) -> None:
+        """Write over the line before; spaces cover what was longer, since notebooks know no other way."""
+        self._stream.write("\r" + text.ljust(self._width))
+        self._stream.flush()
+        self._width = len(text)
+
+    def _in_one_line(self, progress: Progress) -> str:
+        """What is done now, and how many sections are finished."""
+        told = self._told(progress)
+        sections = [line for line in self._lines.values() if line.phase == "train"]
+        if progress.phase != "train" or not sections:
+            return f"{self._name}: {told}"
+        num_finished = sum(line.state in ("done", "reused") for line in sections)
+        return f"{self._name}: {num_finished} of {len(sections)} sections trained; {told}"
 
     def _with_rate(self, key: tuple[str, int | None], progress: Progress, now: float) -> Progress:
         """Fill in images per second and the time left from our own clock, where they are not given."""
@@ -93,7 +124,10 @@ class Monitor:
         self._stream.flush()
 
     def _as_text(self, progress: Progress, now: float) -> str:
-        parts = [_time(now), _label(progress), progress.state]
+        return f"{_time(now)} {self._told(progress)}"
+
+    def _told(self, progress: Progress) -> str:
+        parts = [_label(progress), progress.state]
         if progress.total and progress.state == "running":
             parts.append(f"{progress.done}/{progress.total} {progress.unit}")
         parts += [part for part in (_loss(progress), _rate(progress), _left(progress), progress.detail) if part]
@@ -110,7 +144,10 @@ def open_monitor(
     """Show progress on a stream until the block ends; a terminal's last state stays on the screen."""
     monitor = Monitor(style, stream, name, clock)
     if style != "live":
-        yield monitor
+        try:
+            yield monitor
+        finally:
+            monitor.end_line()
         return
     with Live(console=monitor.console, refresh_per_second=8, transient=False) as live:
         monitor.live = live

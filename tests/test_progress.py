@@ -105,3 +105,34 @@ def test_status_tells_who_and_what() -> None:
     assert "[job]: running, now, process 7 on here" in text
     assert "section 0" in text
     assert "a message" in text
+
+
+def test_one_line_rewrites_itself_and_stays_at_the_end() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with open_monitor(style="line", stream=stream, name="job", clock=clock) as monitor:
+        for index in (0, 1):
+            monitor.update(Progress(phase="train", index=index, state="waiting"))
+        clock.now = 1.0
+        monitor.update(running(10))
+        clock.now = 1.1
+        monitor.update(running(11))  # too soon after the one before
+        monitor.update(Progress(phase="train", index=0, state="done", loss=0.1))
+        monitor.update(Progress(phase="reduce", state="done"))
+    shown = stream.getvalue().split("\r")[1:]
+    assert [text.rstrip() for text in shown[2:]] == [
+        "job: 0 of 2 sections trained; section 0 running 10/100 steps loss 0.5",
+        "job: 1 of 2 sections trained; section 0 done loss 0.1",
+        "job: reduce done",
+    ]
+    # What was longer is covered.
+    assert len(shown[3]) == len(shown[2])
+    assert stream.getvalue().endswith("\n")
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_a_sentence_ends_the_line_that_rewrites_itself() -> None:
+    stream = io.StringIO()
+    with open_monitor(style="line", stream=stream, name="job", clock=Clock()) as monitor:
+        monitor.message("a sentence")
+        monitor.update(Progress(phase="plan", state="done"))
+    assert stream.getvalue() == "\ra sentence\n\rjob: plan done\n"
