@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcq_ray.quantizers.descent import descend, errors
+from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 
 
 def problem(seed: int, *, num_inputs: int, num_rows: int, num_groups: int = 1) -> tuple[Tensor, Tensor]:
@@ -108,3 +108,36 @@ def test_every_pass_over_blocks_lowers_the_error_or_leaves_it(
         reached = errors(moments, crosses, levels[:, 0][found], scale_free=scale_free)
         assert (reached <= least + 1e-4 * (1 + least.abs())).all()
         least = reached
+
+
+def test_a_scale_by_hand() -> None:
+    # One input of mean square 1 and one of 4, independent; wanted is 3 x: from levels -1 and 1 the weights stay, and s = 3.
+    moments, crosses = torch.diag(torch.tensor([1.0, 4.0]))[None], torch.tensor([[3.0, 12.0]])
+    levels, start = torch.tensor([[-1.0], [1.0]]), torch.tensor([[1, 1]])
+    numbers, factor = descend_with_scale(moments, crosses, levels, start, per_row=False)
+    assert numbers.tolist() == [[1, 1]]
+    assert factor.item() == pytest.approx(3.0)
+    # Two rows, (1, 1) and (-3, 3): for both s = (5 + 15) / 10 = 2; each for itself 1 and 3.
+    moments, crosses = moments, torch.tensor([[1.0, 4.0], [-3.0, 12.0]])
+    start = torch.tensor([[1, 1], [0, 1]])
+    assert descend_with_scale(moments, crosses, levels, start, per_row=False)[1].item() == pytest.approx(2.0)
+    numbers, factors = descend_with_scale(moments, crosses, levels, start, per_row=True)
+    assert numbers.tolist() == start.tolist()
+    assert factors.tolist() == pytest.approx([1.0, 3.0])
+
+
+@given(seed=st.integers(0, 10**6), num_levels=st.integers(2, 5), per_row=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_fitted_scale_never_makes_it_worse(seed: int, num_levels: int, per_row: bool) -> None:
+    moments, crosses = problem(seed, num_inputs=6, num_rows=4)
+    levels = torch.linspace(-1, 1, num_levels)[:, None]
+    start = torch.randint(num_levels, (4, 6), generator=torch.Generator().manual_seed(seed))
+
+    def error(of_levels: Tensor, numbers: Tensor) -> float:
+        weights = of_levels.expand(-1, 4).t().gather(1, numbers)
+        return errors(moments, crosses, weights, scale_free=False).sum().item()
+
+    numbers, factor = descend_with_scale(moments, crosses, levels, start, per_row=per_row)
+    assert (factor > 0).all()
+    plain = error(levels, start)
+    assert error(levels * factor, numbers) <= plain + 1e-4 * (1 + abs(plain))

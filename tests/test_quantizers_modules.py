@@ -300,3 +300,18 @@ def test_an_input_quantizer_is_a_module_that_moves() -> None:
     quantizer = InputQuantizer("pact", 4, ActivationStart(clip=2.0)).to("meta")
     assert {tensor.device.type for tensor in quantizer.state_dict().values()} == {"meta"}
     assert isinstance(quantizer, nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [("dorefa", 1), ("dorefa", 3), ("xnor", 1), ("twn", 2), ("ttq", 2), ("lsq", 2), ("lsq-channel", 3), ("wrpn", 3)],
+)
+def test_rescaled_levels_are_the_same_ones_times_the_factor(scheme: str, bits: int) -> None:
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer(scheme, bits, weight, 0)
+    per_channel = scheme in ("xnor", "lsq-channel")
+    factor = torch.linspace(0.5, 4, 6) if per_channel else torch.tensor(3.0)
+    before = quantizer(weight).detach()
+    after = quantizer(quantizer.rescale(weight, factor)).detach()
+    rows = factor.reshape(-1, 1, 1, 1)
+    assert torch.allclose(after, rows * before, rtol=1e-5, atol=1e-7)

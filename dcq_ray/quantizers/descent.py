@@ -25,6 +25,11 @@ _BLOCK_WEIGHTS = 2**18
 _LEAST_COLUMNS = 64
 # again and again, because a block's moves change what is best in the blocks before. The first passes bring nearly all.
 _MAX_PASSES = 4
+# Of weights for a scale and of a scale for the weights in turn.
+_MAX_SCALE_ROUNDS = 8
+_SCALE_IS_SETTLED = 1e-3
+# So many times larger or smaller a scale becomes at most: outputs that inputs hardly explain have none.
+_MAX_FACTOR = 16.0
 
 
 def descend(
@@ -79,6 +84,39 @@ def descend(
         if not moved or num_columns >= num_inputs:
             break
     return numbers
+
+
+def descend_with_scale(
+    moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, *, per_row: bool
+) -> tuple[Tensor, Tensor]:
+    """As `descend` at s = 1, the levels multiplied by a factor that is fitted with the weights, in turn.
+
+    Where nothing undoes a scale, the one that is best for the weights is too small for the outputs, or too large: rounding
+    errors that cancel each other leave less of the outputs than of the weights.
+
+    Returns: the numbers of levels [R, N], and the factor above 0: [], or with `per_row` [R].
+    """
+    numbers, factor = numbers.clone(), _least_squares_factor(moments, crosses, levels, numbers, per_row)
+    for _ in range(_MAX_SCALE_ROUNDS):
+        numbers = descend(moments, crosses, levels * factor, numbers, scale_free=False)
+        found = _least_squares_factor(moments, crosses, levels, numbers, per_row)
+        settled = bool(((found / factor - 1).abs() < _SCALE_IS_SETTLED).all())
+        factor = found
+        if settled:
+            break
+    return numbers, factor
+
+
+def _least_squares_factor(moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, per_row: bool) -> Tensor:
+    """The s that lowers s^2 w'Hw - 2 s r'w most, of every row or of all; 1 where the weights point the wrong way."""
+    weights = levels.to(crosses.dtype).expand(-1, len(crosses)).t().gather(1, numbers)
+    linear = (crosses * weights).sum(1)
+    quadratic = (_grouped_product(moments, weights) * weights).sum(1)
+    if not per_row:
+        linear, quadratic = linear.sum(), quadratic.sum()
+    right = (linear > 0) & (quadratic > 0)
+    factor = torch.where(right, linear / torch.where(right, quadratic, 1), 1)
+    return factor.clamp(1 / _MAX_FACTOR, _MAX_FACTOR)
 
 
 def _descend_block(

@@ -8,6 +8,7 @@ No labels, no gradients, and about one pass of both networks (`walk`).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from dcq_ray.quantizers.descent import descend, errors
+from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
-from dcq_ray.quantizers.policy import layer_weight
+from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, layer_weight
 from dcq_ray.quantizers.walk import Walk
 
 # Of every image so many places of a layer's input (all channels and the window around it) take part.
@@ -127,16 +128,24 @@ def _fit_layer(
     if not bool((levels[1:] > levels[:-1]).all()) or not total > 0:
         return None
     numbers = level_numbers(before, levels)
-    chosen = descend(square, cross, levels, numbers, scale_free=scale_free)
-    wanted = levels.expand(-1, len(before)).t().gather(1, chosen).reshape(latent.shape)
     old_error = float(errors(square, cross, before, scale_free=scale_free).sum())
-    kept = latent.clone()
+    kept, kept_state = latent.clone(), copy.deepcopy(quantizer.state_dict())
+    if scale_free:
+        chosen = descend(square, cross, levels, numbers, scale_free=True)
+    else:
+        chosen, factor = descend_with_scale(
+            square, cross, levels, numbers, per_row=quantizer.scheme in PER_CHANNEL_SCHEMES
+        )
+    wanted = levels.expand(-1, len(before)).t().gather(1, chosen).reshape(latent.shape)
     latent.copy_(latents_on(quantizer, latent, wanted, (chosen != numbers).reshape(latent.shape)))
+    if not scale_free:
+        latent.copy_(quantizer.rescale(latent, factor.to(latent.dtype)))
     # Not what was wanted, but what the quantizer makes of it.
     after = layer_weight(layer).detach().flatten(1)
     new_error = float(errors(square, cross, after, scale_free=scale_free).sum())
     if new_error >= old_error:
         latent.copy_(kept)
+        quantizer.load_state_dict(kept_state)
         after, new_error = before, old_error
     if layer.bias is not None:
         layer.bias.copy_(layer.bias + moments.mean_shift(after))

@@ -123,6 +123,29 @@ class WeightQuantizer(nn.Module):
             found = self.log_step.exp()
         return working(found.detach()).cpu()
 
+    def rescale(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """Multiply the levels, in place; returns the latent weight that stays on the levels of the same numbers.
+
+        Args:
+            factor: above 0; [], or [channels] where every channel has a scale of its own.
+        """
+        rows = factor.reshape([-1 if dim == self.channel_dim else 1 for dim in range(weight.ndim)])
+        with torch.no_grad():
+            if self.scheme == "dorefa" and self.bits > 1:
+                # Its levels follow from the shares of the largest weight.
+                self.scale.mul_(factor)
+                return weight
+            if self.scheme == "ttq":
+                # So does its threshold.
+                self.log_positive.add_(factor.log())
+                self.log_negative.add_(factor.log())
+                return weight
+            if self.scheme == "wrpn":
+                self.scale.mul_(factor)
+            elif self.scheme in ("lsq", "lsq-channel"):
+                self.log_step.add_(factor.log())
+        return weight * rows
+
 
 class InputQuantizer(nn.Module):
     """Quantizes the input of a layer; trained by its scheme's gradients."""
