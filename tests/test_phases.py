@@ -273,6 +273,47 @@ def test_a_damaged_shard_fails_its_sections_only_and_is_dumped_again(
     assert watcher.states("dump") == ["running", "done"]
 
 
+def shards_of(folder: Path) -> tuple[list[Path], Path]:
+    """Those of all boundaries but the last, and the first of the last."""
+    plan = from_json(PartitionPlan, (folder / "run" / "plan.json").read_bytes())
+    *others, last = [folder / "cache" / boundary.digest for boundary in plan.boundaries]
+    return [shard for other in others for shard in sorted(other.glob("*.arrow"))], last / "shard-00000.arrow"
+
+
+def test_a_shard_that_is_gone_after_the_dump_makes_its_boundary_missing_and_no_other(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    first = run(job_document, tmp_path)
+    others, gone = shards_of(tmp_path)
+    # What a lost node's own disk would have kept. Files are written once: one that is written again is another file.
+    gone.unlink()
+    before = [shard.stat().st_ino for shard in others]
+    watcher = Watcher()
+    assert run(job_document, tmp_path, watcher, fresh=True).student == first.student
+    assert watcher.states("dump") == ["running", "done"]
+    assert [shard.stat().st_ino for shard in others] == before
+
+
+def test_a_shard_that_goes_between_dump_and_training_fails_its_section_by_name_and_is_dumped_again(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    first = run(job_document, tmp_path)
+    _, gone = shards_of(tmp_path)
+
+    class LosesShard(Watcher):
+        def __call__(self, progress: Progress) -> None:
+            super().__call__(progress)
+            if (progress.phase, progress.state) == ("dump", "reused"):
+                gone.unlink()
+
+    with pytest.raises(SectionTrainingError, match=r"1 of 3 sections failed: .*shard-00000.arrow"):
+        run(job_document, tmp_path, LosesShard(), fresh=True)
+    watcher = Watcher()
+    assert run(job_document, tmp_path, watcher).student == first.student
+    assert watcher.sections("done") == [2]
+    assert watcher.states("dump") == ["running", "done"]
+
+
 def test_a_run_that_diverges_says_so_and_keeps_nothing_false(job_document: dict[str, Any], tmp_path: Path) -> None:
     document = changed(job_document, train__lr=1e30, train__optimizer="sgd")
     with pytest.raises(SectionTrainingError, match=r"3 of 3 sections failed: section 0: .* lower the learning rate"):
