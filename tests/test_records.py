@@ -19,6 +19,8 @@ from dcq_ray.records import (
     BitsWork,
     Boundary,
     Current,
+    Diagnosis,
+    LayerDiagnosis,
     LayerPlan,
     LossPoint,
     MergeStep,
@@ -167,6 +169,10 @@ VALIDATION = ValidationReport(
     metric=None,
     teacher_metric=0.5,
 )
+LAYER_DIAGNOSIS = LayerDiagnosis(module="conv1", level_shares=(0.25, 0.75), num_channels=8, num_constant_channels=1)
+DIAGNOSIS = Diagnosis(
+    num_samples=50, teacher_score=0.875, after=(0, 1), scores=(0.875, 0.75), layers=(LAYER_DIAGNOSIS,)
+)
 CPU_SECONDS = PhaseCpuSeconds(dump=1.0, train=2.0)
 TIMINGS = Timings(
     dump_seconds=1.0,
@@ -226,7 +232,7 @@ CURRENT = Current(
 EVERY_RECORD = [
     *(INPUT, CONV, PLAN.sections[1], PLAN, SHARDS[0], MANIFEST, CONTEXT, SectionTask(index=0, digest="t"), CURVE[0]),
     *(RESULT, FAILURE, MEASUREMENT, TEACHER, STUDENT, BASELINE, SECTION, VALIDATION, CPU_SECONDS, TIMINGS),
-    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP, CURRENT),
+    *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP, CURRENT, LAYER_DIAGNOSIS, DIAGNOSIS),
 ]
 
 

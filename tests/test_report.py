@@ -14,6 +14,8 @@ from rich.console import Console
 from dcq_ray.records import (
     BaselineReport,
     BitsWork,
+    Diagnosis,
+    LayerDiagnosis,
     LayerPlan,
     LossPoint,
     MergeStep,
@@ -28,6 +30,7 @@ from dcq_ray.records import (
     from_json,
 )
 from dcq_ray.report import compare_reports, print_report, report_html, report_json
+from dcq_ray.report.advice import advice
 from dcq_ray.report.words import count, layer_rows, networks, size, verdict, work_rows
 
 
@@ -319,3 +322,62 @@ def test_several_runs_side_by_side(report: RunReport) -> None:
     compare_reports([report, failed(report), unlabelled(report)], Console(file=stream, width=140))
     assert stream.getvalue().count("alert(1)") == 3
     assert "failed" in stream.getvalue()
+
+
+# -- where accuracy is lost, and what to do about it -------------------------------------------------------------------
+
+
+def diagnosed(report: RunReport, scores: tuple[float, ...] = (0.95, 0.93, 0.92), **values: object) -> RunReport:
+    layer = LayerDiagnosis(module="conv2", level_shares=(0.25, 0.5, 0.25), num_channels=64, num_constant_channels=0)
+    fields: dict[str, object] = {"num_samples": 200, "teacher_score": 0.97, "after": (0, 1, 2), "layers": (layer,)}
+    diagnosis = Diagnosis(**{**fields, "scores": scores, **values})  # type: ignore[arg-type]
+    layers = tuple(
+        LayerPlan(module=f"conv{index}", kind="Conv2d", num_weights=8192, scheme="twn", bits=2, num_bytes=2048)
+        for index in range(3)
+    )
+    return dataclasses.replace(report, diagnosis=diagnosis, layers=layers)
+
+
+def test_every_form_of_the_report_shows_where_accuracy_is_lost(report: RunReport) -> None:
+    changed = diagnosed(report)
+    text, page = printed(changed, 120), report_html(changed)
+    for row in (("none", "97.0 %", ""), ("up to 0", "95.0 %", "-2.0"), ("up to 2", "92.0 %", "-1.0")):
+        assert re.search(r" +".join(map(re.escape, filter(None, row))), text)
+        assert "</td><td>".join(row) in page
+    assert "25 % 50 % 25 %" in page
+    assert "0 of 64" in page
+    assert "The score falls by 5.0 points from the teacher to the student" in page
+    reader = Page()
+    reader.feed(page)
+    assert reader.tags.count("svg") == len(reader.labels) == 4
+    assert json.loads(report_json(changed))["diagnosis"]["scores"] == [0.95, 0.93, 0.92]
+
+
+def test_advice_by_hand(report: RunReport) -> None:
+    # Two of five points in section 0, whose 8,192 weights at 2 more bits are 2 KiB; three levels need another scheme for that.
+    costly, drift = advice(diagnosed(report))
+    assert costly == (
+        "Section 0 costs 2.0 of the 5.0 points (on 200 held-out images); 4 bits there would take 2.0 KiB more: "
+        'quantize.overrides "section:0": {scheme: lsq, bits: 4}.'
+    )
+    assert "relative error is 0.3 on the student's own inputs, and 0.1 on the teacher's" in drift
+    # Steps that take several sections say so, and make no offer.
+    grouped = advice(diagnosed(report, (0.97, 0.92), after=(0, 2)))[0]
+    assert grouped == "Sections 1 to 2 cost 5.0 of the 5.0 points (on 200 held-out images)."
+    spread = advice(diagnosed(report, (0.955, 0.94, 0.93), teacher_score=0.968))
+    assert [sentence for sentence in spread if "cost" in sentence] == [
+        "Section 1 costs 1.5 of the 3.8 points (on 200 held-out images); 4 bits there would take 2.0 KiB more: "
+        'quantize.overrides "section:1": {scheme: lsq, bits: 4}.'
+    ]
+    dead = LayerDiagnosis(module="conv1", level_shares=(), num_channels=64, num_constant_channels=12)
+    assert advice(diagnosed(report, layers=(dead,)))[-1].startswith("12 of 64 outputs of conv1 are the same on all 200")
+    slow = dataclasses.replace(diagnosed(report), sections=(section(0, input_wait_seconds=1.5), section(1), section(2)))
+    assert advice(slow)[-1].startswith("Section 0 spent 50.0 % of its training waiting for batches")
+
+
+def test_where_nothing_is_lost_the_advice_says_so(report: RunReport) -> None:
+    assert advice(diagnosed(report, (0.97, 0.97, 0.968))) == [
+        "Nothing stands out: no section costs much, no layer is dead, and none waited for its inputs."
+    ]
+    assert advice(report) == []
+    assert advice(failed(report)) == []

@@ -6,28 +6,28 @@ teacher, the untrained and the final student.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dcq_ray.callables import load_callable
 from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
-from dcq_ray.errors import DataError
 from dcq_ray.phases.checkpoints import Effort
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
+from dcq_ray.phases.diagnosis import diagnose
 from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
 from dcq_ray.phases.prepare import part_top1
 from dcq_ray.phases.saving import SaveRequest
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.train import layer_identity, section_weights, trained_section
-from dcq_ray.quantizers import activation_starts, bake, packed_num_bytes, put_input_quantizers
+from dcq_ray.phases.validating import student_sections, validate
+from dcq_ray.quantizers import activation_starts, bake, packed_num_bytes
 from dcq_ray.records import (
+    Diagnosis,
     MergeStep,
     Progress,
     RunContext,
@@ -40,7 +40,7 @@ from dcq_ray.records import (
 from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm, stitch
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import state_bytes
-from dcq_ray.validate import agreement, compare, divergence, top_k
+from dcq_ray.validate import agreement, divergence, top_k
 
 # Statistics over so many images times their positions are exact enough; more would cost a pass over the train part.
 MAX_BATCHNORM_SAMPLES = 5120
@@ -71,6 +71,7 @@ class Finished:
     student_num_bytes_packed: int
     test_top1: float | None
     validation: ValidationReport
+    diagnosis: Diagnosis
     merge_steps: tuple[MergeStep, ...]
     seconds: float
     cpu_seconds: float
@@ -225,7 +226,9 @@ def finish(
     merged = merge(context, student, network, splits, device, emit=emit, request=request)
     extra = bake(student)
     say(2)
-    validation = validate(context, student, extra, network, splits.held_out, device)
+    sections = student_sections(network, student.state_dict(), extra)
+    validation = validate(context, sections, network, splits.held_out, device)
+    diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
     test_top1 = None if splits.test is None else part_top1(student, splits.test, job.data.batch_size, device)
     say(3)
     student.to("cpu")
@@ -247,6 +250,7 @@ def finish(
         student_num_bytes_packed=packed_num_bytes(state, context.plan.layers),
         test_top1=test_top1,
         validation=validation,
+        diagnosis=diagnosis,
         merge_steps=merged.steps,
         seconds=merged.before.seconds + time.monotonic() - started,
         cpu_seconds=merged.before.cpu_seconds + time.process_time() - start_cpu_seconds,
@@ -306,48 +310,6 @@ def adapt_batchnorm(context: RunContext, student: nn.Module, train: Part, device
         reestimate_batchnorm(student, _first_images(train, context.job.data.batch_size), device)
 
 
-def validate(
-    context: RunContext,
-    student: nn.Module,
-    extra: Mapping[str, Tensor],
-    network: Network,
-    held_out: Part,
-    device: torch.device,
-) -> ValidationReport:
-    """The baked student against the teacher on held-out images: accuracy, agreement, and error at every boundary."""
-    job = context.job
-    labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
-    teacher_sections = [section.to(device) for section in network.sections]
-    student_sections = [section.to(device) for section in _student_sections(network, student.state_dict(), extra)]
-    # The sections one after the other are the networks, bit for bit: one pass of each gives errors and logits.
-    compared = compare(teacher_sections, student_sections, _images(held_out, job.data.batch_size), device)
-    logits, reference = compared.logits, compared.reference
-    return ValidationReport(
-        num_samples=len(held_out),
-        top1=None if labels is None else top_k(logits, labels, 1),
-        top5=None if labels is None else top_k(logits, labels, 5),
-        agreement_with_teacher=agreement(logits, reference),
-        boundary_errors=compared.boundary_errors,
-        teacher_top1=None if labels is None else top_k(reference, labels, 1),
-        metric=_metric(context, logits, labels),
-        teacher_metric=_metric(context, reference, labels),
-    )
-
-
-def _student_sections(network: Network, state: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> list[nn.Module]:
-    """The baked student as sections, on the teacher's own graph."""
-    sections: list[nn.Module] = []
-    for section in network.sections:
-        module = copy.deepcopy(section)
-        module.load_state_dict({name: state[name] for name in module.state_dict()})
-        inside = {name for name, _ in module.named_modules()}
-        # A key is dcq.<module>.<what>.
-        own = {key: value for key, value in extra.items() if key.removeprefix("dcq.").rpartition(".")[0] in inside}
-        put_input_quantizers(module, own)
-        sections.append(module.eval())
-    return sections
-
-
 def _images(part: Part, batch_size: int) -> Iterator[Tensor]:
     return (images for images, _ in ordered_batches(part, batch_size))
 
@@ -357,15 +319,3 @@ def _first_images(part: Part, batch_size: int, max_samples: int = MAX_BATCHNORM_
     num_samples = min(len(part), max_samples)
     for start in range(0, num_samples, batch_size):
         yield part.images(np.arange(start, min(start + batch_size, num_samples)))
-
-
-def _metric(context: RunContext, logits: Tensor, labels: Tensor | None) -> float | None:
-    reference = context.job.data.metric
-    if reference is None or labels is None:
-        return None
-    function = load_callable(reference, folder=context.job_folder, where="data.metric", error=DataError)
-    value = function(logits, labels)
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"data.metric: {reference} returned {value!r}, expected a number") from None

@@ -76,6 +76,7 @@ def report_success(
         student=student,
         untrained_top1=scores.untrained_top1,
         validation=finished.validation,
+        diagnosis=finished.diagnosis,
         merge_steps=finished.merge_steps,
         timings=timings,
     )
@@ -168,6 +169,7 @@ def _section_report(
         restarts=result.restarts,
         loss_curve=result.loss_curve,
         num_bytes_packed=_packed_bytes(section),
+        input_wait_seconds=result.input_wait_seconds,
     )
 
 

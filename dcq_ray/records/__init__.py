@@ -10,6 +10,8 @@ from dcq_ray.records.progress import Progress, StatusReport
 from dcq_ray.records.published import CURRENT_FILE, Current
 from dcq_ray.records.report import (
     BaselineReport,
+    Diagnosis,
+    LayerDiagnosis,
     PhaseCpuSeconds,
     RunReport,
     RunStatus,
@@ -38,6 +40,8 @@ __all__ = [
     "BitsWork",
     "Boundary",
     "Current",
+    "Diagnosis",
+    "LayerDiagnosis",
     "LayerPlan",
     "LossPoint",
     "MergeStep",

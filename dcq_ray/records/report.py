@@ -62,6 +62,8 @@ class SectionReport:
     restarts: int
     loss_curve: tuple[LossPoint, ...]
     num_bytes_packed: int
+    input_wait_seconds: float = 0.0
+    """Of its training: spent on getting batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,38 @@ class ValidationReport:
     teacher_top1: float | None
     metric: float | None
     teacher_metric: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDiagnosis:
+    """A quantized student's layer."""
+
+    module: str
+    level_shares: tuple[float, ...]
+    """Of its weights at the levels that occur, ascending; empty above 4 bits."""
+    num_channels: int
+    num_constant_channels: int
+    """Output channels that were the same on all images, at all places: they carry nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """Where accuracy is lost between the teacher and the stitched student; scores are top-1, without labels agreement."""
+
+    num_samples: int
+    """The first so many held-out images."""
+    teacher_score: float
+    after: tuple[int, ...]
+    """Sections, ascending."""
+    scores: tuple[float, ...]
+    """With all sections up to each of `after` the student's, and the teacher's behind them."""
+    layers: tuple[LayerDiagnosis, ...]
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """What each step of the waterfall costs, as a fraction; negative where the score rises."""
+        before = (self.teacher_score, *self.scores)
+        return tuple(earlier - later for earlier, later in zip(before, self.scores, strict=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +158,7 @@ class RunReport:
     """Of the teacher's parameters: weights outside of Conv and Linear layers."""
     failures: tuple[SectionFailure, ...]
     validation: ValidationReport | None
+    diagnosis: Diagnosis | None = None
     merge_steps: tuple[MergeStep, ...] = ()
     """What was done to the stitched student, in order, and what it gave on held-out images."""
     timings: Timings

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from dcq_ray.records import RunReport
-from dcq_ray.report.plots import error_plot, loss_plot, size_plot
+from dcq_ray.records import Diagnosis, RunReport
+from dcq_ray.report.advice import advice
+from dcq_ray.report.plots import error_plot, loss_plot, size_plot, waterfall_plot
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
+    STATE_COLUMNS,
     WORK_COLUMNS,
     layer_rows,
     merge_lines,
     modules,
     networks,
     number,
+    own_errors,
     percent,
     rival_name,
     seconds,
     size,
+    state_rows,
     verdict,
+    waterfall_rows,
     work_rows,
 )
 
@@ -70,6 +75,12 @@ def report_html(report: RunReport) -> str:
             f"the best of {len(report.baseline.tried_lrs)}) and the teacher that DCQ closed: {percent(report.gap_closed)}.</p>"
         )
     parts.append("</section>")
+    sentences = advice(report)
+    if sentences:
+        lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+        parts.append(f"<section><h2>What to do next</h2><ul>{lines}</ul></section>")
+    if report.diagnosis is not None:
+        parts.append(_waterfall(report, report.diagnosis))
     if report.sections:
         parts.append(_sections(report))
     if report.layers:
@@ -99,6 +110,7 @@ def report_html(report: RunReport) -> str:
 
 def _sections(report: RunReport) -> str:
     labelled = any(section.top1_alone is not None for section in report.sections)
+    errors = own_errors(report)
     columns = (
         "section",
         "modules",
@@ -108,8 +120,10 @@ def _sections(report: RunReport) -> str:
         "first loss",
         "last loss",
         "error",
+        "drifted",
         "top-1 alone" if labelled else "agreement alone",
         "seconds",
+        "waiting",
         "device",
         "restarts",
     )
@@ -123,14 +137,19 @@ def _sections(report: RunReport) -> str:
             number(section.initial_loss),
             number(section.final_loss),
             number(section.relative_error),
+            number(errors.get(section.index)),
             percent(section.top1_alone if labelled else section.agreement_alone),
             f"{section.seconds:.1f}",
+            percent(section.input_wait_seconds / section.seconds if section.seconds > 0 else None),
             section.device,
             str(section.restarts),
         )
         for section in report.sections
     ]
-    caption = "Each section alone: the teacher with only this section replaced, on held-out images"
+    caption = (
+        "Each section: alone, the teacher with only this section replaced, on held-out images; error, relative, on the teacher's "
+        "inputs; drifted, on the student's own; waiting, the share of its seconds spent on getting batches"
+    )
     worst = max(report.sections, key=lambda section: section.relative_error or 0.0)
     return "\n".join(
         [
@@ -152,14 +171,30 @@ def _sections(report: RunReport) -> str:
     )
 
 
+def _waterfall(report: RunReport, diagnosis: Diagnosis) -> str:
+    caption = f"The score on {diagnosis.num_samples:,} held-out images as sections are replaced, from the first on"
+    total = 100 * (diagnosis.teacher_score - diagnosis.scores[-1])
+    description = f"The score falls by {total:.1f} points from the teacher to the student; the table has the steps."
+    return "\n".join(
+        [
+            "<section><h2>Where accuracy is lost</h2>",
+            _table(caption, ("student's sections", "score", "points"), waterfall_rows(diagnosis)),
+            _plot("From the teacher to the student", waterfall_plot(report), description),
+            "</section>",
+        ]
+    )
+
+
 def _layers(report: RunReport) -> str:
     caption = "Weights and inputs of every Conv and Linear layer: scheme and bits, bytes packed, multiply-accumulates per sample"
+    state = "Weights at each level that occurs, and outputs that are the same on all images diagnosed"
     work = "Multiply-accumulates per sample, by the bits of weights and inputs"
     return "\n".join(
         [
             "<section><h2>Layers</h2>",
             _table(caption, LAYER_COLUMNS, layer_rows(report.layers)),
             _table(work, WORK_COLUMNS, work_rows(report.multiply_accumulates_by_bits)),
+            "" if report.diagnosis is None else _table(state, STATE_COLUMNS, state_rows(report.diagnosis)),
             "</section>",
         ]
     )
@@ -189,7 +224,7 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     text = {
         index
         for index, name in enumerate(columns)
-        if name in ("network", "modules", "measure", "device", "layer", "kind")
+        if name in ("network", "modules", "measure", "device", "layer", "kind", "student's sections", STATE_COLUMNS[1])
     }
     kind = [' class="text"' if index in text else "" for index in range(len(columns))]
     head = "".join(f'<th scope="col"{kind[index]}>{escape(name)}</th>' for index, name in enumerate(columns))

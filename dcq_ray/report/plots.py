@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dcq_ray.records import RunReport
@@ -66,6 +67,34 @@ def error_plot(report: RunReport) -> str:
     axes.set_xlabel("section")
     axes.set_ylabel("relative error")
     axes.legend(frameon=False, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return _svg(figure)
+
+
+def waterfall_plot(report: RunReport) -> str:
+    """The score from the teacher to the student, one step for each section (or group of them) that is replaced."""
+    figure, axes = _figure()
+    diagnosis = report.diagnosis
+    assert diagnosis is not None
+    scores = [100 * score for score in (diagnosis.teacher_score, *diagnosis.scores)]
+    axes.bar(0, scores[0], 0.7, color=COLORS[6])
+    for number, (before, after) in enumerate(pairwise(scores), 1):
+        axes.bar(number, after - before, 0.7, bottom=before, color=COLORS[3] if after < before else COLORS[2])
+        axes.plot([number - 1.35, number + 0.35], [before, before], color=INK, linewidth=0.8)
+        axes.annotate(
+            f"{after - before:+.1f}",
+            (number, max(before, after)),
+            ha="center",
+            va="bottom",
+            color=INK,
+            fontsize=8,
+        )
+    axes.bar(len(scores), scores[-1], 0.7, color=COLORS[0])
+    axes.set_xticks(range(len(scores) + 1), ["teacher", *map(str, diagnosis.after), "student"])
+    # What is lost is seen only near the top.
+    spread = max(max(scores) - min(scores), 0.5)
+    axes.set_ylim(max(0.0, min(scores) - 0.35 * spread), max(scores) + 0.2 * spread)
+    axes.set_xlabel("sections up to this one are the student's")
+    axes.set_ylabel("held-out score, %")
     return _svg(figure)
 
 

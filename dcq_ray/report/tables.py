@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dcq_ray.records import BitsWork, LayerPlan, RunReport, SectionReport
+from dcq_ray.records import BitsWork, Diagnosis, LayerPlan, RunReport, SectionReport
+from dcq_ray.report.advice import advice
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
     WORK_COLUMNS,
@@ -18,14 +19,16 @@ from dcq_ray.report.words import (
     modules,
     networks,
     number,
+    own_errors,
     percent,
     rival_name,
     seconds,
     verdict,
+    waterfall_rows,
     work_rows,
 )
 
-LEFT = ("network", "section", "run", "status", "layer", "kind")
+LEFT = ("network", "section", "run", "status", "layer", "kind", "the student's sections")
 
 
 def print_report(report: RunReport, console: Console) -> None:
@@ -41,14 +44,19 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"share of the gap between {rival} and the teacher that DCQ closed: {percent(report.gap_closed)}")
     if report.sections:
         labelled = any(section.top1_alone is not None for section in report.sections)
-        table = _table("#", "section", "weights", "bits", "loss", "error", "alone", "s")
+        errors = own_errors(report)
+        table = _table("#", "section", "bits", "loss", "error", "drifted", "alone", "s")
         for section in report.sections:
-            table.add_row(*_row(section, labelled))
+            table.add_row(*_row(section, labelled, errors.get(section.index)))
         console.print(table)
         measure = "top-1" if labelled else "agreement with the teacher"
         console.print(
-            f"alone: {measure} of the teacher with only this section replaced, on held-out images", style="dim"
+            "error: relative, on the teacher's inputs; drifted: on the student's own; alone: "
+            f"{measure} of the teacher with only this section replaced, on held-out images",
+            style="dim",
         )
+    if report.diagnosis is not None:
+        console.print(waterfall_table(report.diagnosis))
     if report.layers:
         console.print(layers_table(report.layers))
         console.print(work_table(report.multiply_accumulates_by_bits))
@@ -64,6 +72,8 @@ def print_report(report: RunReport, console: Console) -> None:
     for line in merge_lines(report):
         console.print(line)
     console.print(seconds(report))
+    for sentence in advice(report):
+        console.print(f"[bold]→[/] {escape(sentence)}")
     for failure in report.failures:
         console.print(f"[bold red]section {failure.index} failed[/]: {escape(failure.message)}")
     for note in report.notes:
@@ -78,6 +88,14 @@ def layers_table(layers: Sequence[LayerPlan]) -> Table:
         column.no_wrap = True
     for row in layer_rows(layers):
         table.add_row(*map(escape, row))
+    return table
+
+
+def waterfall_table(diagnosis: Diagnosis) -> Table:
+    """Where the score is lost between the teacher and the student."""
+    table = _table("the student's sections", f"score on {diagnosis.num_samples:,} held-out images", "points")
+    for row in waterfall_rows(diagnosis):
+        table.add_row(*row)
     return table
 
 
@@ -108,14 +126,14 @@ def compare_reports(reports: Sequence[RunReport], console: Console) -> None:
     console.print(table)
 
 
-def _row(section: SectionReport, labelled: bool) -> tuple[str, ...]:
+def _row(section: SectionReport, labelled: bool, own_error: float | None) -> tuple[str, ...]:
     return (
         str(section.index),
         escape(modules(section.modules)),
-        f"{section.num_parameters:,}",
         f"{section.bits:.2f}",
         f"{number(section.initial_loss)} → {number(section.final_loss)}",
         number(section.relative_error),
+        number(own_error),
         percent(section.top1_alone if labelled else section.agreement_alone),
         f"{section.seconds:.1f}",
     )

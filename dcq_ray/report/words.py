@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dcq_ray.records import BaselineReport, BitsWork, LayerPlan, RunReport
+from dcq_ray.records import BaselineReport, BitsWork, Diagnosis, LayerPlan, RunReport
 
 ABSENT = "-"
 FULL_PRECISION = "fp32"
 LAYER_COLUMNS = ("layer", "kind", "weights", "bits", "input", "bytes", "MACs")
+STATE_COLUMNS = ("layer", "weights at its levels, ascending", "constant outputs")
 WORK_COLUMNS = ("weight bits", "input bits", "MACs per sample", "share")
 
 
@@ -99,6 +100,31 @@ def layer_rows(layers: Sequence[LayerPlan]) -> list[tuple[str, ...]]:
         )
         for layer in layers
     ]
+
+
+def state_rows(diagnosis: Diagnosis) -> list[tuple[str, ...]]:
+    """Rows of STATE_COLUMNS: what the weights of a layer are, and how many of its outputs say nothing."""
+    return [
+        (
+            layer.module,
+            " ".join(f"{100 * share:.0f} %" for share in layer.level_shares) or ABSENT,
+            f"{layer.num_constant_channels} of {layer.num_channels}" if layer.num_channels else ABSENT,
+        )
+        for layer in diagnosis.layers
+    ]
+
+
+def waterfall_rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
+    """Rows (sections of the student, score, points lost there) from the teacher on."""
+    rows = [("none", percent(diagnosis.teacher_score), "")]
+    for index, score, loss in zip(diagnosis.after, diagnosis.scores, diagnosis.losses, strict=True):
+        rows.append((f"up to {index}", percent(score), f"{-100 * loss:+.1f}"))
+    return rows
+
+
+def own_errors(report: RunReport) -> dict[int, float]:
+    """Of every section the error at its end on the student's own inputs."""
+    return {} if report.validation is None else dict(enumerate(report.validation.boundary_errors))
 
 
 def work_rows(works: Sequence[BitsWork]) -> list[tuple[str, ...]]:
