@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -226,3 +227,34 @@ def test_a_run_that_has_not_finished_is_wrong_usage(status: str, run_dir: str) -
     open_store(str(folder)).write_bytes("report.json", seal_json(report))
     with pytest.raises(UsageError, match=re.escape(f"got the status {status}, expected succeeded")):
         export(str(folder), "--format", "packed", "-o", str(folder / "s.dcq"))
+
+
+@pytest.mark.slow
+def test_the_latency_of_an_onnx_file_is_kept_and_shown(
+    run_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    from dcq_ray.export import latency
+
+    monkeypatch.setattr(latency, "SECONDS_PER_BATCH_SIZE", 0.1)
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "student.onnx"
+    done = export(str(tmp_path / "run"), "--format", "onnx", "-o", str(path), "--latency")
+    assert done.exit_code == 0
+    assert "times smaller than the teacher's. On this processor it is" in " ".join(done.stdout.split())
+    kept = json.loads((tmp_path / "run" / "deploy.json").read_text())
+    assert kept["student_num_bytes"] == path.stat().st_size
+    shown = CliRunner().invoke(cli, ["report", str(tmp_path / "run")], catch_exceptions=False)
+    assert "batch of 32" in shown.stdout
+    page = tmp_path / "page.html"
+    CliRunner().invoke(cli, ["report", str(tmp_path / "run"), "--html", str(page)], catch_exceptions=False)
+    assert "<h2>Deployment</h2>" in page.read_text()
+    # Of another student it says nothing.
+    (tmp_path / "run" / "deploy.json").write_text(json.dumps({**kept, "student_sha256": "0" * 64}))
+    shown = CliRunner().invoke(cli, ["report", str(tmp_path / "run")], catch_exceptions=False)
+    assert "batch of 32" not in shown.stdout
+
+
+def test_only_an_onnx_file_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only --format onnx is measured; got --format packed"):
+        export("no-run", "--format", "packed", "-o", str(tmp_path / "x"), "--latency")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dcq_ray.cli.options import debug_option, read_run_job, set_option
 from dcq_ray.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from dcq_ray.records import RunReport
+    from dcq_ray.records.deploy import DeployReport
+    from dcq_ray.storage import Store
 
 
 @click.command(epilog="\b\nExample:\n  dcq-ray report runs/quickstart --html quickstart.html")
@@ -27,12 +34,13 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
 
     found = []
     for run in runs:
-        one = read_report(open_store(run))
+        store = open_store(run)
+        one = read_report(store)
         if one is None:
             raise StorageError(
                 f"{run}: no report.json that can be read there; is it a run directory, and did the run start?"
             )
-        found.append(one)
+        found.append(replace(one, deploy=_deploy(store, one)))
     if html is not None:
         if len(found) > 1:
             raise UsageError("--html takes one run; got " + ", ".join(runs))
@@ -45,6 +53,21 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
         compare_reports(found, Console())
     elif html is None:
         print_report(found[0], Console())
+
+
+def _deploy(store: Store, report: RunReport) -> DeployReport | None:
+    """The deploy check of the report's student, where one was made."""
+    from dcq_ray.records import from_json
+    from dcq_ray.records.deploy import DEPLOY_FILE, DeployReport
+
+    content = store.read_bytes_or_none(DEPLOY_FILE)
+    if content is None or report.student is None:
+        return None
+    try:
+        deploy = from_json(DeployReport, content)
+    except ValueError:
+        return None
+    return deploy if deploy.student_sha256 == report.student.sha256 else None
 
 
 @click.command(epilog="\b\nExample:\n  dcq-ray status runs/quickstart --watch")

@@ -30,6 +30,7 @@ from dcq_ray.export.levels import Levels, encode, layer_levels
 from dcq_ray.quantizers.activations import level_range
 from dcq_ray.quantizers.modules import FrozenInputQuantizer
 from dcq_ray.records import LayerPlan
+from dcq_ray.records.deploy import UNPACKING
 
 INT4_OPSET = 21
 INT2_OPSET = 25
@@ -111,13 +112,22 @@ def write_onnx(
         raise ExportError(f"{path}: ONNX's checker refuses the graph: {str(error).splitlines()[0]}") from error
 
 
-def open_onnx(path: str) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """What gives logits [B, K] of images [B, C, H, W] by ONNX Runtime on the CPU; both raise ExportError where it cannot."""
+def open_onnx(
+    path: str, *, num_threads: int | None = None, unpacked: bool = False
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What gives logits [B, K] of images [B, C, H, W] by ONNX Runtime on the CPU; both raise ExportError where it cannot.
+
+    Args:
+        num_threads: None: as many as torch uses.
+        unpacked: turn integer weights into floats once, here, instead of at every run: more memory, less time.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads() if num_threads is None else num_threads
     options.log_severity_level = 3
+    if unpacked:
+        options.add_session_config_entry(UNPACKING, "1")
     with _explained(path):
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dcq_ray.records.deploy import DeployReport
 from dcq_ray.records.plan import BitsWork, LayerPlan
 from dcq_ray.records.version import FORMAT_VERSION
 from dcq_ray.records.work import LossPoint, MergeStep, SectionFailure
@@ -64,6 +65,8 @@ class SectionReport:
     num_bytes_packed: int
     input_wait_seconds: float = 0.0
     """Of its training: spent on getting batches."""
+    kept_start: bool = False
+    """Whether it is as it began, since its training made it worse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +162,8 @@ class RunReport:
     failures: tuple[SectionFailure, ...]
     validation: ValidationReport | None
     diagnosis: Diagnosis | None = None
+    deploy: DeployReport | None = None
+    """Of `dcq-ray export --latency`, which keeps it in a file of its own."""
     merge_steps: tuple[MergeStep, ...] = ()
     """What was done to the stitched student, in order, and what it gave on held-out images."""
     timings: Timings

@@ -7,6 +7,7 @@ from html import escape
 
 from dcq_ray.records import Diagnosis, RunReport
 from dcq_ray.report.advice import advice
+from dcq_ray.report.deploy import DEPLOY_COLUMNS, deploy_caption, deploy_rows, deploy_verdict
 from dcq_ray.report.plots import error_plot, loss_plot, size_plot, waterfall_plot
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
@@ -89,6 +90,10 @@ def report_html(report: RunReport) -> str:
     if report.merge_steps:
         lines = "".join(f"<li>{escape(line)}</li>" for line in merge_lines(report))
         parts.append(f"<section><h2>After stitching</h2><ul>{lines}</ul></section>")
+    if report.deploy is not None:
+        table = _table(deploy_caption(report.deploy), DEPLOY_COLUMNS, deploy_rows(report.deploy))
+        told = escape(deploy_verdict(report.deploy))
+        parts.append(f"<section><h2>Deployment</h2><p>{told}</p>{table}</section>")
     parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p></section>")
     if report.notes:
         notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dcq_ray.records import BitsWork, Diagnosis, LayerPlan, RunReport, SectionReport
 from dcq_ray.report.advice import advice
+from dcq_ray.report.deploy import print_deploy
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
     WORK_COLUMNS,
@@ -71,6 +72,8 @@ def print_report(report: RunReport, console: Console) -> None:
             console.print(f"metric: {number(validation.metric)} (teacher {number(validation.teacher_metric)})")
     for line in merge_lines(report):
         console.print(line)
+    if report.deploy is not None:
+        print_deploy(report.deploy, console)
     console.print(seconds(report))
     for sentence in advice(report):
         console.print(f"[bold]→[/] {escape(sentence)}")
