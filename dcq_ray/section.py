@@ -191,7 +191,7 @@ class Training:
 
     def train(self) -> None:
         """Put BatchNorm on batch statistics; everything else stays in eval mode."""
-        _train_mode(self._module)
+        batch_statistics(self._module)
 
     def step(self, inputs: Tensor, targets: Any) -> Tensor:
         """Take one step and return the output that it was made from, detached; raises SectionTrainingError."""
@@ -349,7 +349,8 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
-def _train_mode(module: nn.Module) -> None:
+def batch_statistics(module: nn.Module) -> None:
+    """Put BatchNorm on batch statistics, as in training; everything else stays in its mode."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.train()

@@ -371,6 +371,10 @@ def test_advice_by_hand(report: RunReport) -> None:
     ]
     dead = LayerDiagnosis(module="conv1", level_shares=(), num_channels=64, num_constant_channels=12)
     assert advice(diagnosed(report, layers=(dead,)))[-1].startswith("12 of 64 outputs of conv1 are the same on all 200")
+    kept = (section(0, kept_start=True), section(1), section(2, kept_start=True))
+    assert advice(dataclasses.replace(diagnosed(report), sections=kept))[0].startswith(
+        "Sections 0, 2 were better at the fitted start than after training"
+    )
     slow = dataclasses.replace(diagnosed(report), sections=(section(0, input_wait_seconds=1.5), section(1), section(2)))
     assert advice(slow)[-1].startswith("Section 0 spent 50.0 % of its training waiting for batches")
 

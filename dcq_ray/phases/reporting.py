@@ -170,6 +170,7 @@ def _section_report(
         loss_curve=result.loss_curve,
         num_bytes_packed=_packed_bytes(section),
         input_wait_seconds=result.input_wait_seconds,
+        kept_start=result.kept_start,
     )
 
 

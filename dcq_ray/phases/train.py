@@ -27,7 +27,7 @@ from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device, r
 from dcq_ray.phases.objective import objective_loss, section_objective
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
 from dcq_ray.phases.sources import Source, boundary_source, label_source, with_noise
-from dcq_ray.phases.starting import student_section
+from dcq_ray.phases.starting import better_of, student_section
 from dcq_ray.phases.views import boundary_views
 from dcq_ray.quantizers import put_quantizers
 from dcq_ray.records import (
@@ -192,12 +192,14 @@ def train_section(
             if request.wanted:
                 request.answer()
 
+        start = copy.deepcopy(module)
+        loss = objective_loss(context, task.index, network, device)
         result = train_module(
             module,
             batches,
             settings=job.train,
             steps_per_epoch=steps_per_epoch,
-            loss=objective_loss(context, task.index, network, device),
+            loss=loss,
             device=device,
             what=f"section {task.index}",
             start=saver.start,
@@ -205,9 +207,22 @@ def train_section(
             on_state=on_state,
             state_due=lambda: request.wanted or pace.due,
         )
+        kept = module
+        if job.train.start == "fitted" and total:
+            if first_step:
+                # What it began with was not fitted in this process.
+                start = student_section(context, task.index, network, inputs, device, resumed=False)
+            kept = better_of(start, module, views[0], loss, batch_size=job.data.batch_size)
     seconds, cpu_seconds = spent()
     committed = commit_section(
-        context, task, module, result, seconds=seconds, cpu_seconds=cpu_seconds, restarts=saver.restarts
+        context,
+        task,
+        kept.requires_grad_(False),
+        result,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        restarts=saver.restarts,
+        kept_start=kept is not module,
     )
     remove_checkpoints(context, task.index)
     return committed
@@ -231,6 +246,7 @@ def commit_section(
     seconds: float,
     cpu_seconds: float,
     restarts: int,
+    kept_start: bool = False,
 ) -> SectionResult:
     """Write a trained section's weights into an attempt of its own and, last, the result that names it.
 
@@ -258,6 +274,7 @@ def commit_section(
         device=str(choose_device(context.device)),
         restarts=restarts,
         loss_curve=result.loss_curve,
+        kept_start=kept_start,
     )
     refuse_stale(context)
     store.write_bytes(RESULT_FILE, seal_json(committed))

@@ -63,6 +63,8 @@ class SectionResult:
     device: str
     restarts: int
     loss_curve: tuple[LossPoint, ...]
+    kept_start: bool = False
+    """Whether the weights are those before the training, which made them worse."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,25 @@ def advice(report: RunReport) -> list[str]:
     """Sentences for a finished run; one that says so where nothing stands out."""
     if report.student is None or report.diagnosis is None:
         return []
-    found = [*_costly_section(report), *_drift(report), *_constant_channels(report), *_waiting(report)]
+    found = [
+        *_kept_starts(report),
+        *_costly_section(report),
+        *_drift(report),
+        *_constant_channels(report),
+        *_waiting(report),
+    ]
     return found or ["Nothing stands out: no section costs much, no layer is dead, and none waited for its inputs."]
+
+
+def _kept_starts(report: RunReport) -> list[str]:
+    kept = [str(section.index) for section in report.sections if section.kept_start]
+    if not kept:
+        return []
+    name, verb = ("Section", "was") if len(kept) == 1 else ("Sections", "were")
+    return [
+        f"{name} {', '.join(kept)} {verb} better at the fitted start than after training, and kept it: a lower train.lr, or more "
+        "epochs, may do better."
+    ]
 
 
 def _costly_section(report: RunReport) -> list[str]:
