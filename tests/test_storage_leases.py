@@ -12,7 +12,7 @@ import pytest
 from conftest import s3_options
 from s3_server import FaultyNetwork
 
-from dcq_ray.errors import RunBusyError, StorageError
+from dcq_ray.errors import RunBusyError, StaleRunError, StorageError
 from dcq_ray.storage import Store, hold_boundary, hold_run, leases, open_store
 
 
@@ -97,6 +97,19 @@ def test_what_fails_because_another_driver_took_over_is_told_as_that(store: Stor
     thread.start()
     thread.join(60)
     assert done.is_set()
+
+
+def test_a_worker_that_notices_the_loss_first_tells_it_as_its_driver_would(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", 60.0)
+
+    def refuse() -> None:
+        raise StaleRunError("a newer driver has taken over")
+
+    with pytest.raises(RunBusyError, match="taken over by the next one"):
+        hold_while(store, lambda: another_holder(store), refuse)
+    assert json.loads(store.read_bytes("lease.json"))["token"] == "other"
 
 
 def test_no_renewal_is_begun_that_might_end_after_the_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import s3_options
 from s3_server import FaultyNetwork
+from test_remote_stream import ray_workers
 
-from dcq_ray.errors import DcqError
+from dcq_ray.errors import DcqError, RunBusyError
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import ignore_progress, run_local, saving
 from dcq_ray.records import Progress, RunReport
@@ -67,6 +70,49 @@ def test_ray_runs_on_an_object_store_too(
         owner="test",
     )
     assert report.student == run(job_in(job_document, str(tmp_path / "here")), tmp_path).student
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("renewal_seconds", [0.2, 60.0], ids=["the renewal notices it", "a worker notices it"])
+def test_a_driver_whose_lease_was_taken_over_ends_with_its_workers_and_commits_nothing(
+    job_document: dict[str, Any],
+    tmp_path: Path,
+    s3_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    renewal_seconds: float,
+) -> None:
+    monkeypatch.setattr(leases, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "RENEWAL_SECONDS", renewal_seconds)
+    epochs = 1000 if renewal_seconds < 1 else 20
+    job = job_in({**job_document, "train": {"epochs": epochs, "batch_size": 32}}, s3_uri)
+    store = open_store(job.storage.run_dir)
+    taken: list[bytes] = []
+
+    def take_over(progress: Progress) -> None:
+        if progress.phase == "train" and not taken:
+            lease = json.loads(store.read_bytes("lease.json"))
+            lease.update(epoch=lease["epoch"] + 1, owner="the next one", token="other", expires_at=time.time() + 600)
+            taken.append(json.dumps(lease).encode())
+            store.write_bytes("lease.json", taken[0])
+
+    with pytest.raises(RunBusyError, match="taken over by the next one") as raised:
+        run_remote(
+            job,
+            str(tmp_path),
+            address="local",
+            environment=os.environ,
+            emit=take_over,
+            say=lambda sentence: None,
+            owner="test",
+        )
+    assert raised.value.exit_code == 75
+    assert store.read_bytes("lease.json") == taken[0]
+    assert not [file.name for file in store.tree() if file.name.endswith(("result.json", "student.safetensors"))]
+    deadline = time.monotonic() + 60
+    while ray_workers("SectionWorker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from dcq_ray.errors import StorageError
+from dcq_ray.errors import StaleRunError, StorageError
 from dcq_ray.records import from_json, to_json
 from dcq_ray.storage.store import Store
 
@@ -139,6 +139,9 @@ def hold_lease(
         try:
             yield mine.epoch
         except BaseException as error:
+            if isinstance(error, StaleRunError) and not losses:
+                # A worker noticed it before the next renewal.
+                losses.append(readable_lease(hurried, name))
             if losses and lost_error is not None:
                 raise lost_error(losses[0]) from error
             raise
