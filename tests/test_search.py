@@ -63,6 +63,12 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(job
     bits = {"dorefa-1": 1, "dorefa-2": 2, "dorefa-4": 4}
     assert [section["bits"] for section in report["sections"]] == [bits[name] for name in chosen["options"]]
     assert (run / "search.svg").read_text().startswith("<svg")
+    # The report shows the front, in a terminal and on its page.
+    shown = CliRunner().invoke(cli, ["report", str(run)], catch_exceptions=False)
+    assert f"{chosen['num_bytes']:,}" in shown.stdout
+    page = (run / "report.html").read_text()
+    assert "<h2>Search</h2>" in page
+    assert f"within {found['budget_bytes']:,} bytes" in page
     # Uniform networks score as their own runs say, and take as many bytes.
     for name, candidate in uniform.items():
         own = json.loads((library[name] / "report.json").read_text())

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dcq_ray.cli.options import debug_option, read_run_job, set_option
+from dcq_ray.cli.options import SEARCH_FILE, debug_option, read_run_job, set_option
 from dcq_ray.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from dcq_ray.records import RunReport
     from dcq_ray.records.deploy import DeployReport
+    from dcq_ray.search import Searched
     from dcq_ray.storage import Store
 
 
@@ -29,10 +30,10 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
     from rich.console import Console
 
     from dcq_ray.phases import read_report
-    from dcq_ray.report import compare_reports, print_report, report_html, report_json
+    from dcq_ray.report import compare_reports, print_front, print_report, report_html, report_json
     from dcq_ray.storage import open_store
 
-    found = []
+    found, searched = [], None
     for run in runs:
         store = open_store(run)
         one = read_report(store)
@@ -41,18 +42,33 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
                 f"{run}: no report.json that can be read there; is it a run directory, and did the run start?"
             )
         found.append(replace(one, deploy=_deploy(store, one)))
+        searched = _searched(store)
     if html is not None:
         if len(found) > 1:
             raise UsageError("--html takes one run; got " + ", ".join(runs))
         target = Path(html).resolve()
-        open_store(str(target.parent)).write_bytes(target.name, report_html(found[0]).encode())
+        open_store(str(target.parent)).write_bytes(target.name, report_html(found[0], searched).encode())
         click.echo(f"wrote {html}", err=True)
     if as_json:
         click.echo(report_json(found[0]) if len(found) == 1 else "[" + ",\n".join(map(report_json, found)) + "]")
     elif len(found) > 1:
         compare_reports(found, Console())
     elif html is None:
+        if searched is not None:
+            print_front(searched, Console())
         print_report(found[0], Console())
+
+
+def _searched(store: Store) -> Searched | None:
+    """What the last search for a run directory found, where there was one."""
+    from dcq_ray.records import from_json
+    from dcq_ray.search import Searched
+
+    content = store.read_bytes_or_none(SEARCH_FILE)
+    try:
+        return None if content is None else from_json(Searched, content)
+    except ValueError:
+        return None
 
 
 def _deploy(store: Store, report: RunReport) -> DeployReport | None:

@@ -14,6 +14,8 @@ from dcq_ray.jobfile import load_job, parse_job
 from dcq_ray.spec import Job
 
 Command = Callable[..., Any]
+# In a run directory: what the last search for it found.
+SEARCH_FILE = "search.json"
 
 job_argument = click.argument("job_path", metavar="JOB.yaml", type=click.Path())
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback with an error.")

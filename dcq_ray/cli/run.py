@@ -20,6 +20,7 @@ from dcq_ray.jobfile import EXAMPLE_JOB
 if TYPE_CHECKING:
     from dcq_ray.phases import Emit
     from dcq_ray.records import RunReport
+    from dcq_ray.search import Searched
     from dcq_ray.spec import Job
     from dcq_ray.storage import Store
 
@@ -235,18 +236,28 @@ def interruptible(job: Job, *, kept_in: str | None = None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, earlier)
 
 
-def show_report(job: Job, report: RunReport, log_format: Literal["text", "json"], *, page: bool = True) -> None:
-    """Write the page, and print the tables; `page`: False where it stands there already."""
+def show_report(
+    job: Job,
+    report: RunReport,
+    log_format: Literal["text", "json"],
+    *,
+    page: bool = True,
+    searched: Searched | None = None,
+) -> None:
+    """Write the page, and print the tables, with what a search found; `page`: False where it stands there already."""
     from rich.console import Console
 
-    from dcq_ray.report import print_report, report_html, report_json
+    from dcq_ray.report import print_front, print_report, report_html, report_json
     from dcq_ray.storage import open_store
 
     store = open_store(job.storage.run_dir)
     if page:
-        store.write_bytes("report.html", report_html(report).encode())
+        store.write_bytes("report.html", report_html(report, searched).encode())
     if log_format == "json":
         click.echo(report_json(report))
         return
+    if searched is not None:
+        print_front(searched, Console())
+        click.echo()
     print_report(report, Console())
     click.echo(f"\nstudent  {store.location('student.safetensors')}\nreport   {store.location('report.html')}")

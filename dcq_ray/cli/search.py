@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
+from dcq_ray.cli.options import (
+    SEARCH_FILE,
+    debug_option,
+    job_argument,
+    log_format_option,
+    read_job,
+    run_dir_option,
+    set_option,
+)
 from dcq_ray.errors import UsageError
 
 if TYPE_CHECKING:
-    from dcq_ray.search import Candidate, Option, Searched
+    from dcq_ray.search import Option, Searched
     from dcq_ray.spec import Job
     from dcq_ray.storage import Store
 
 UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-SEARCH_FILE = "search.json"
 PLOT_FILE = "search.svg"
 
 
@@ -92,9 +99,7 @@ def search(
         take_sections(found, searched.choices, run_store)
         result = run_phases(mixed, folder, address=address, fresh=False, emit=emit, say=say)
     _keep(searched, run_store)
-    if log_format == "text":
-        _show(searched)
-    show_report(mixed, result, log_format)
+    show_report(mixed, result, log_format, searched=searched)
 
 
 def parse_budget(text: str, sizes: dict[Option, int], scheme: str) -> int:
@@ -119,36 +124,7 @@ def _member_job(job_path: str, overrides: tuple[str, ...], option: Option, run_d
 
 def _keep(searched: Searched, store: Store) -> None:
     from dcq_ray.records import to_json
-    from dcq_ray.report import front_plot
+    from dcq_ray.report import searched_plot
 
     store.write_bytes(SEARCH_FILE, to_json(searched))
-    points = {
-        "uniform": [(found.num_bytes, found.score) for found in searched.uniform],
-        "front": [(found.num_bytes, found.score) for found in searched.front],
-        "chosen": [(searched.chosen.num_bytes, searched.chosen.score)],
-    }
-    store.write_bytes(PLOT_FILE, front_plot(points).encode())
-
-
-def _show(searched: Searched) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("network", "bytes", "divergence, predicted", "held-out score", "sections", box=None, pad_edge=False)
-
-    def row(name: str, found: Candidate) -> None:
-        cells = (f"{found.num_bytes:,}", f"{found.predicted_divergence:.4f}", f"{100 * found.score:.2f} %")
-        table.add_row(name, *cells, " ".join(found.options))
-
-    for found in searched.uniform:
-        row("uniform", found)
-    for found in searched.front:
-        row("front", found)
-    row("[bold]chosen[/]", searched.chosen)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{searched.num_on_front} combinations on the front; rank correlation of the predicted and the measured order of "
-        f"those shown: {searched.rank_correlation:.2f}\n",
-        style="dim",
-    )
+    store.write_bytes(PLOT_FILE, searched_plot(searched).encode())

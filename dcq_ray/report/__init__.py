@@ -1,8 +1,8 @@
 """The report of a run: tables for a terminal, one self-contained page, JSON."""
 
 from dcq_ray.records import RunReport, to_json
+from dcq_ray.report.front import print_front, searched_plot
 from dcq_ray.report.page import report_html
-from dcq_ray.report.plots import front_plot
 from dcq_ray.report.tables import compare_reports, layers_table, print_report, work_table
 from dcq_ray.report.words import size
 
@@ -14,11 +14,12 @@ def report_json(report: RunReport) -> str:
 
 __all__ = [
     "compare_reports",
-    "front_plot",
     "layers_table",
+    "print_front",
     "print_report",
     "report_html",
     "report_json",
+    "searched_plot",
     "size",
     "work_table",
 ]

@@ -8,6 +8,7 @@ from html import escape
 from dcq_ray.records import Diagnosis, RunReport
 from dcq_ray.report.advice import advice
 from dcq_ray.report.deploy import DEPLOY_COLUMNS, deploy_caption, deploy_rows, deploy_verdict
+from dcq_ray.report.front import FRONT_COLUMNS, front_caption, front_rows, searched_plot
 from dcq_ray.report.plots import error_plot, loss_plot, size_plot, waterfall_plot
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
@@ -28,6 +29,7 @@ from dcq_ray.report.words import (
     waterfall_rows,
     work_rows,
 )
+from dcq_ray.search import Searched
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fcfcfb; --line: #d9dde1; --accent: #0072b2; }
@@ -44,8 +46,11 @@ h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
+/* Beside a table that is wider than the page, its caption is not, and stays as the table scrolls. */
+caption span { display: block; position: sticky; left: 0; max-width: min(67.5rem, 100vw - 2.5rem); }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
+td.text:last-child { white-space: normal; min-width: 28rem; }
 thead th { color: var(--soft); font-weight: 600; }
 .scroll + .scroll { margin-top: 1.5rem; }
 figure { margin: 1rem 0 0; color: var(--ink); } figure svg { width: 100%; height: auto; max-width: 46rem; }
@@ -54,8 +59,8 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 """.strip()
 
 
-def report_html(report: RunReport) -> str:
-    """The page; every text that a user chose is escaped."""
+def report_html(report: RunReport, searched: Searched | None = None) -> str:
+    """The page, with what a search found for the run; every text that a user chose is escaped."""
     parts = [
         f"<header><h1>{escape(report.name)}</h1>",
         f'<p class="status">dcq-ray run, {report.status}, started {escape(report.started_at)}</p></header><main>',
@@ -90,6 +95,8 @@ def report_html(report: RunReport) -> str:
     if report.merge_steps:
         lines = "".join(f"<li>{escape(line)}</li>" for line in merge_lines(report))
         parts.append(f"<section><h2>After stitching</h2><ul>{lines}</ul></section>")
+    if searched is not None:
+        parts.append(_search(searched))
     if report.deploy is not None:
         table = _table(deploy_caption(report.deploy), DEPLOY_COLUMNS, deploy_rows(report.deploy))
         told = escape(deploy_verdict(report.deploy))
@@ -190,6 +197,18 @@ def _waterfall(report: RunReport, diagnosis: Diagnosis) -> str:
     )
 
 
+def _search(searched: Searched) -> str:
+    chosen = f"Scores on held-out images over size; chosen: {searched.chosen.num_bytes:,} bytes, {percent(searched.chosen.score)}."
+    return "\n".join(
+        [
+            "<section><h2>Search</h2>",
+            _table(front_caption(searched), FRONT_COLUMNS, front_rows(searched)),
+            _plot("Pareto front", searched_plot(searched), chosen),
+            "</section>",
+        ]
+    )
+
+
 def _layers(report: RunReport) -> str:
     caption = "Weights and inputs of every Conv and Linear layer: scheme and bits, bytes packed, multiply-accumulates per sample"
     state = "Weights at each level that occurs, and outputs that are the same on all images diagnosed"
@@ -229,7 +248,18 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     text = {
         index
         for index, name in enumerate(columns)
-        if name in ("network", "modules", "measure", "device", "layer", "kind", "student's sections", STATE_COLUMNS[1])
+        if name
+        in (
+            "network",
+            "modules",
+            "measure",
+            "device",
+            "layer",
+            "kind",
+            "student's sections",
+            "sections",
+            STATE_COLUMNS[1],
+        )
     }
     kind = [' class="text"' if index in text else "" for index in range(len(columns))]
     head = "".join(f'<th scope="col"{kind[index]}>{escape(name)}</th>' for index, name in enumerate(columns))
@@ -237,6 +267,6 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
         "<tr>" + "".join(f"<td{kind[index]}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
         for row in rows
     )
-    table = f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f"<table><caption><span>{escape(caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     # A table that is wider than a phone scrolls by itself, with the keyboard too.
     return f'<div class="scroll" tabindex="0">{table}</div>'

@@ -52,7 +52,7 @@ def error_plot(report: RunReport) -> str:
         [s.relative_error or 0.0 for s in report.sections],
         0.38,
         color=COLORS[0],
-        label="alone, on the teacher's inputs",
+        label="on the teacher's inputs",
     )
     if report.validation is not None:
         errors = report.validation.boundary_errors
@@ -61,7 +61,7 @@ def error_plot(report: RunReport) -> str:
             errors,
             0.38,
             color=COLORS[1],
-            label="stitched, on the student's own inputs",
+            label="on the student's own",
         )
     axes.set_xticks(numbers)
     axes.set_xlabel("section")
@@ -81,7 +81,8 @@ def waterfall_plot(report: RunReport) -> str:
         axes.bar(number, after - before, 0.7, bottom=before, color=COLORS[3] if after < before else COLORS[2])
         axes.plot([number - 1.35, number + 0.35], [before, before], color=INK, linewidth=0.8)
         axes.annotate(
-            f"{after - before:+.1f}",
+            # Without the sign of a zero.
+            f"{round(after - before, 1) + 0.0:+.1f}",
             (number, max(before, after)),
             ha="center",
             va="bottom",

@@ -118,7 +118,7 @@ def waterfall_rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
     """Rows (sections of the student, score, points lost there) from the teacher on."""
     rows = [("none", percent(diagnosis.teacher_score), "")]
     for index, score, loss in zip(diagnosis.after, diagnosis.scores, diagnosis.losses, strict=True):
-        rows.append((f"up to {index}", percent(score), f"{-100 * loss:+.1f}"))
+        rows.append((f"up to {index}", percent(score), f"{round(-100 * loss, 1) + 0.0:+.1f}"))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,8 +63,8 @@ class Searched:
     front: tuple[Candidate, ...]
     """Some of the Pareto front, from the smallest to the largest."""
     num_on_front: int
-    rank_correlation: float
-    """Spearman's, of the predicted order of the front and the measured one; nan where there are too few."""
+    rank_correlation: float | None
+    """Spearman's, of the predicted order of the front and the measured one; None where there are too few."""
 
 
 def search_library(
@@ -138,7 +139,7 @@ def search_library(
         uniform=tuple(candidate(found) for found in uniform),
         front=tuple(candidate(found) for found in shown),
         num_on_front=len(front),
-        rank_correlation=order,
+        rank_correlation=None if math.isnan(order) else order,
     )
 
 
