@@ -14,6 +14,8 @@ from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import measure_sections, open_network, open_run, run_local
 from dcq_ray.phases.train import section_weights
 from dcq_ray.quantizers import put_quantizers
+from dcq_ray.records import seal_json, unseal_json
+from dcq_ray.storage import open_store
 
 
 @pytest.mark.slow
@@ -44,3 +46,23 @@ def test_sections_measured_together_are_as_measured_one_by_one(job_document: dic
                 right += int((network.sections[2](ours).argmax(1) == rows).sum())
         assert together[1].top1_alone == right / len(labels)
         assert together[1].relative_error == pytest.approx((error / norm) ** 0.5)
+
+
+@pytest.mark.slow
+def test_the_teachers_score_on_test_images_serves_every_run_with_it(
+    job_document: dict[str, Any], tmp_path: Path
+) -> None:
+    first = resolve_job(job_document, source="test")
+    report = run_local(first, str(tmp_path), emit=lambda _: None, owner="test")
+    teachers = open_store(first.storage.cache_dir).child("teachers", report.teacher.sha256)
+    kept = [name for name in teachers.list_names() if name.startswith("top1-")]
+    assert len(kept) == 2  # held-out and test
+    assert report.teacher.top1 in [unseal_json(float, teachers.read_bytes(name)) for name in kept]
+    for name in kept:
+        teachers.write_bytes(name, seal_json(0.984375))
+    overrides = ("quantize.weights.bits=3", f"storage.run_dir={tmp_path / 'second'}")
+    second = run_local(
+        resolve_job(job_document, source="test", overrides=overrides), str(tmp_path), emit=lambda _: None, owner="test"
+    )
+    assert second.teacher.top1 == 0.984375
+    assert second.untrained_top1 != report.untrained_top1

@@ -82,7 +82,7 @@ def prepare(
     teacher = obtain_teacher(job, job_folder, splits, cache, device=here, emit=emit)
     save_teacher(cache, teacher)
     plan = plan_job(job, teacher, splits, device=device, cache=cache, earlier=earlier, save_costs=True)
-    top1 = held_out_top1(job, teacher, splits, device=here, cache=cache)
+    top1 = teacher_top1(teacher, splits.held_out, job.data.batch_size, device=here, cache=cache)
     check_teacher(job, splits, top1)
     return Prepared(
         teacher=teacher,
@@ -272,11 +272,11 @@ def part_top1(module: torch.nn.Module, part: Part, batch_size: int, device: torc
     return top_k(logits, torch.from_numpy(part.labels), 1)
 
 
-def held_out_top1(job: Job, teacher: Teacher, splits: Splits, *, device: torch.device, cache: Store) -> float | None:
-    """The teacher's top-1 on held-out images, kept in the cache; None where they have no labels."""
-    if splits.held_out.labels is None:
+def teacher_top1(teacher: Teacher, part: Part, batch_size: int, *, device: torch.device, cache: Store) -> float | None:
+    """The teacher's top-1 on a part, kept in the cache for every run with this teacher; None where it has no labels."""
+    if part.labels is None:
         return None
-    key = json_sha256({"held_out": splits.held_out.sha256, "batch_size": job.data.batch_size, "device": device.type})
+    key = json_sha256({"held_out": part.sha256, "batch_size": batch_size, "device": device.type})
     store = cache.child("teachers", teacher.sha256)
     content = store.read_bytes_or_none(f"top1-{key}.json")
     if content is not None:
@@ -284,7 +284,7 @@ def held_out_top1(job: Job, teacher: Teacher, splits: Splits, *, device: torch.d
             return unseal_json(float, content)
         except ValueError:
             pass
-    top1 = part_top1(teacher.module, splits.held_out, job.data.batch_size, device)
+    top1 = part_top1(teacher.module, part, batch_size, device)
     store.write_bytes(f"top1-{key}.json", seal_json(top1))
     return top1
 

@@ -20,7 +20,7 @@ from dcq_ray.phases.checkpoints import Effort
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.diagnosis import diagnose
 from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
-from dcq_ray.phases.prepare import part_top1
+from dcq_ray.phases.prepare import part_top1, teacher_top1
 from dcq_ray.phases.saving import SaveRequest
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.train import layer_identity, section_weights, trained_section
@@ -169,16 +169,16 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
             pass
     device = choose_device(context.device)
     batch_size = context.job.data.batch_size
-    teacher_top1 = untrained_top1 = None
+    teachers_top1 = untrained_top1 = None
     if splits.test is not None and splits.test.labels is not None:
-        teacher = network.teacher.module.to(device)
-        teacher_top1 = part_top1(teacher, splits.test, batch_size, device)
+        cache = open_store(context.cache_dir)
+        teachers_top1 = teacher_top1(network.teacher, splits.test, batch_size, device=device, cache=cache)
         untrained = untrained_student(context, network, splits.train, device)
         adapt_batchnorm(context, untrained, splits.train, device)
         untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
     scores = TestScores(
         key=key,
-        teacher_top1=teacher_top1,
+        teacher_top1=teachers_top1,
         untrained_top1=untrained_top1,
         cpu_seconds=time.process_time() - start_cpu_seconds,
     )
