@@ -31,6 +31,7 @@ from dcq_ray.records import (
 )
 from dcq_ray.report import compare_reports, print_report, report_html, report_json
 from dcq_ray.report.advice import advice
+from dcq_ray.report.comparison import comparison_rows
 from dcq_ray.report.words import count, layer_rows, networks, size, verdict, work_rows
 
 
@@ -319,9 +320,28 @@ def test_json_comes_back(report: RunReport) -> None:
 
 def test_several_runs_side_by_side(report: RunReport) -> None:
     stream = io.StringIO()
-    compare_reports([report, failed(report), unlabelled(report)], Console(file=stream, width=140))
+    compare_reports([report, failed(report), unlabelled(report)], ["a", "[b]", "c"], Console(file=stream, width=80))
     assert stream.getvalue().count("alert(1)") == 3
     assert "failed" in stream.getvalue()
+    assert "[b]" in stream.getvalue()
+
+
+def test_runs_cut_alike_are_compared_section_by_section(report: RunReport) -> None:
+    runs = [diagnosed(report), diagnosed(report, (0.96, 0.96, 0.965)), report]
+    rows = {row[0]: row[1:] for row in comparison_rows(runs)}
+    assert rows["weights"][:2] == ("twn 2", "twn 2")
+    assert rows["lost up to section 0"] == ("2.0", "1.0", "-")
+    assert rows["lost up to section 1"] == ("2.0", "0.0", "-")
+    assert rows["lost up to section 2"] == ("1.0", "-0.5", "-")
+    other = dataclasses.replace(runs[0], sections=runs[0].sections[:2])
+    assert "lost up to section 0" not in {row[0] for row in comparison_rows([other, runs[1]])}
+
+
+def test_figures_that_no_run_has_are_left_out(report: RunReport) -> None:
+    names = [row[0] for row in comparison_rows([failed(report), failed(report)])]
+    assert "agreement" not in names
+    assert "status" in names
+    assert "agreement" in [row[0] for row in comparison_rows([failed(report), report])]
 
 
 # -- where accuracy is lost, and what to do about it -------------------------------------------------------------------

@@ -52,7 +52,7 @@ def report(runs: tuple[str, ...], html: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(report_json(found[0]) if len(found) == 1 else "[" + ",\n".join(map(report_json, found)) + "]")
     elif len(found) > 1:
-        compare_reports(found, Console())
+        compare_reports(found, runs, Console())
     elif html is None:
         if searched is not None:
             print_front(searched, Console())

@@ -1,9 +1,10 @@
 """The report of a run: tables for a terminal, one self-contained page, JSON."""
 
 from dcq_ray.records import RunReport, to_json
+from dcq_ray.report.comparison import compare_reports
 from dcq_ray.report.front import print_front, searched_plot
 from dcq_ray.report.page import report_html
-from dcq_ray.report.tables import compare_reports, layers_table, print_report, work_table
+from dcq_ray.report.tables import layers_table, print_report, work_table
 from dcq_ray.report.words import size
 
 

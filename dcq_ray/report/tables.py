@@ -110,25 +110,6 @@ def work_table(works: Sequence[BitsWork]) -> Table:
     return table
 
 
-def compare_reports(reports: Sequence[RunReport], console: Console) -> None:
-    """Several runs side by side."""
-    table = _table("run", "status", "sections", "bits", "teacher", "untrained", "student", "agreement", "total s")
-    for report in reports:
-        student, validation = report.student, report.validation
-        table.add_row(
-            escape(report.name),
-            report.status,
-            str(len(report.sections)),
-            number(None if student is None else student.bits),
-            percent(report.teacher.top1),
-            percent(report.untrained_top1),
-            percent(None if student is None else student.top1),
-            percent(None if validation is None else validation.agreement_with_teacher),
-            f"{report.timings.total_seconds:.0f}",
-        )
-    console.print(table)
-
-
 def _row(section: SectionReport, labelled: bool, own_error: float | None) -> tuple[str, ...]:
     return (
         str(section.index),
