@@ -26,7 +26,7 @@ from dcq_ray.errors import DcqError, ShardError, StorageError
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.objective import objective_loss, section_objective
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
-from dcq_ray.phases.sources import Source, boundary_source, label_source, with_noise
+from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
 from dcq_ray.phases.starting import better_of, student_section
 from dcq_ray.phases.views import boundary_views
 from dcq_ray.quantizers import put_quantizers
@@ -44,6 +44,7 @@ from dcq_ray.records import (
 from dcq_ray.section import TrainingResult, TrainingState, train_module
 from dcq_ray.shards import sample_order, samples_per_shard
 from dcq_ray.spec import Job
+from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm
 from dcq_ray.teacher import state_bytes, state_from_bytes
 
 # Samples are shuffled within windows of so many shards, so that training may begin before the dump has ended.
@@ -213,6 +214,9 @@ def train_section(
                 # What it began with was not fitted in this process.
                 start = student_section(context, task.index, network, inputs, device, resumed=False)
             kept = better_of(start, module, views[0], loss, batch_size=job.data.batch_size)
+        if job.reduce.reestimate_batchnorm and has_batchnorm(kept):
+            # What runs along with the last steps is noise beside it, and a start has the teacher's: alike, all are comparable.
+            reestimate_batchnorm(kept, first_batches(inputs, job.data.batch_size), device)
     seconds, cpu_seconds = spent()
     committed = commit_section(
         context,

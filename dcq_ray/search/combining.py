@@ -115,8 +115,11 @@ def search_library(
         best = max(possible, key=lambda found: (score(found), -found.num_bytes))
     else:
         least = judge(library.network.teacher.module) - (max_drop or 0.0)
-        best = _smallest(front, lambda found: score(found) >= least)
-        if score(best) < least:
+        # What is looked at anyway may be better than predicted, and smaller.
+        looked_at = [_smallest(front, lambda found: score(found) >= least), *shown, *uniform]
+        enough = [found for found in looked_at if score(found) >= least]
+        best = min(enough, key=lambda found: found.num_bytes) if enough else max(looked_at, key=score)
+        if not enough:
             raise UsageError(
                 f"--max-drop: the most accurate combination of this library scores {score(best):.2%} on held-out images, "
                 f"wanted at least {least:.2%}; allow a larger drop, or give options of more bits"
