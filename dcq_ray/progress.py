@@ -98,11 +98,12 @@ class Monitor:
     def _in_one_line(self, progress: Progress) -> str:
         """What is done now, and how many sections are finished."""
         told = self._told(progress)
-        sections = [line for line in self._lines.values() if line.phase == "train"]
-        if progress.phase != "train" or not sections:
+        # Not of how many: without Ray a section is first heard of as it begins.
+        states = [line.state for line in self._lines.values() if line.phase == "train"]
+        if progress.phase != "train":
             return f"{self._name}: {told}"
-        num_finished = sum(line.state in ("done", "reused") for line in sections)
-        return f"{self._name}: {num_finished} of {len(sections)} sections trained; {told}"
+        num_trained = sum(state in ("done", "reused") for state in states)
+        return f"{self._name}: {num_trained} section{'' if num_trained == 1 else 's'} trained; {told}"
 
     def _with_rate(self, key: tuple[str, int | None], progress: Progress, now: float) -> Progress:
         """Fill in images per second and the time left from our own clock, where they are not given."""

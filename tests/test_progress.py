@@ -120,8 +120,8 @@ def test_one_line_rewrites_itself_and_stays_at_the_end() -> None:
         monitor.update(Progress(phase="reduce", state="done"))
     shown = stream.getvalue().split("\r")[1:]
     assert [text.rstrip() for text in shown[2:]] == [
-        "job: 0 of 2 sections trained; section 0 running 10/100 steps loss 0.5",
-        "job: 1 of 2 sections trained; section 0 done loss 0.1",
+        "job: 0 sections trained; section 0 running 10/100 steps loss 0.5",
+        "job: 1 section trained; section 0 done loss 0.1",
         "job: reduce done",
     ]
     # What was longer is covered.
