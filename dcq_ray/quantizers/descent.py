@@ -96,7 +96,18 @@ def descend_with_scale(
 
     Returns: the numbers of levels [R, N], and the factor above 0: [], or with `per_row` [R].
     """
-    numbers, factor = numbers.clone(), _least_squares_factor(moments, crosses, levels, numbers, per_row)
+    # From the factor 1 no round makes it worse; from the one that fits the weights as they came it is often better still.
+    firsts = (
+        levels.new_ones(len(crosses) if per_row else ()),
+        _least_squares_factor(moments, crosses, levels, numbers, per_row),
+    )
+    ends = [_descend_in_turn(moments, crosses, levels, numbers, first, per_row) for first in firsts]
+    return min(ends, key=lambda end: float(_scaled_errors(moments, crosses, levels, *end).sum()))
+
+
+def _descend_in_turn(
+    moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, factor: Tensor, per_row: bool
+) -> tuple[Tensor, Tensor]:
     for _ in range(_MAX_SCALE_ROUNDS):
         numbers = descend(moments, crosses, levels * factor, numbers, scale_free=False)
         found = _least_squares_factor(moments, crosses, levels, numbers, per_row)
@@ -105,6 +116,11 @@ def descend_with_scale(
         if settled:
             break
     return numbers, factor
+
+
+def _scaled_errors(moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, factor: Tensor) -> Tensor:
+    weights = (levels * factor).to(crosses.dtype).expand(-1, len(crosses)).t().gather(1, numbers)
+    return errors(moments, crosses, weights, scale_free=False)
 
 
 def _least_squares_factor(moments: Tensor, crosses: Tensor, levels: Tensor, numbers: Tensor, per_row: bool) -> Tensor:

@@ -70,11 +70,12 @@ def fit_weights(
     kept = list(batches)
     modules, done = dict(teacher.named_modules()), set()
     free = _before_batchnorm(teacher)
-    buffers = {name: value.clone() for name, value in student.named_buffers()}
+    # Of BatchNorm alone: a quantizer's scale is a buffer, too, and is fitted.
+    norms = {name: module for name, module in student.named_modules() if isinstance(module, _BatchNorm)}
+    statistics = {name: copy.deepcopy(dict(module.named_buffers())) for name, module in norms.items()}
     modes = {name: module.training for name, module in student.named_modules()}
-    for module in student.modules():
-        if isinstance(module, _BatchNorm):
-            module.train()
+    for module in norms.values():
+        module.train()
     walks = [
         Walk(network, batches, max_kept_bytes=MAX_KEPT_BYTES // 2)
         for network, batches in zip((student, teacher), zip(*kept, strict=True), strict=True)
@@ -97,9 +98,9 @@ def fit_weights(
                 fits.append(fit)
     for name, module in student.named_modules():
         module.training = modes[name]
-    for name, value in student.named_buffers():
-        if name in buffers:
-            value.copy_(buffers[name])
+    for name, norm in norms.items():
+        for kind, value in norm.named_buffers():
+            value.copy_(statistics[name][kind])
     return tuple(fits)
 
 
