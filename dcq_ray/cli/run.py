@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from dcq_ray.cli.hooks import split_command, told_at_end
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
 from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
@@ -63,6 +64,12 @@ _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
     metavar="PTS",
     help="How much worse than the current one.",
 )
+@click.option(
+    "--on-end",
+    callback=split_command,
+    metavar="COMMAND",
+    help="Start it when the run ends, with a line of JSON as input.",
+)
 @log_format_option
 @debug_option
 def run(
@@ -76,6 +83,7 @@ def run(
     publish: str | None,
     keep: int,
     publish_tolerance: float,
+    on_end: tuple[str, ...],
     log_format: Literal["text", "json"],
 ) -> None:
     """Quantize the job's teacher: cut, dump, train every section in parallel, stitch, validate, report.
@@ -89,26 +97,29 @@ def run(
     from dcq_ray.inputs import keep_inputs, look_at_inputs, read_inputs
     from dcq_ray.storage import open_store
 
-    store = open_store(job.storage.run_dir)
-    unchanged = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
-    if unchanged is not None:
-        show_report(job, unchanged, log_format, page=False)
-        _tell("nothing has changed since this run was finished", log_format)
-        check_gate(unchanged)
-        if publish is not None and not _is_current(open_store(publish), unchanged):
+    with told_at_end(on_end, job, log_format) as found:
+        store = open_store(job.storage.run_dir)
+        unchanged = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
+        if unchanged is not None:
+            found(unchanged)
+            show_report(job, unchanged, log_format, page=False)
+            _tell("nothing has changed since this run was finished", log_format)
+            check_gate(unchanged)
+            if publish is not None and not _is_current(open_store(publish), unchanged):
+                _publish(store, publish, keep, publish_tolerance, log_format)
+            return
+        before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
+        with watching(job, log_format) as (emit, say), interruptible(job):
+            result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+            if with_rival and not _has_rival(result):
+                result = run_rival(job, folder, emit, "dorefa", "passes") or result
+        after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
+        found(result)
+        keep_inputs(store, before, after, result)
+        show_report(job, result, log_format)
+        check_gate(result)
+        if publish is not None:
             _publish(store, publish, keep, publish_tolerance, log_format)
-        return
-    before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
-    with watching(job, log_format) as (emit, say), interruptible(job):
-        result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
-        if with_rival and not _has_rival(result):
-            result = run_rival(job, folder, emit, "dorefa", "passes") or result
-    after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
-    keep_inputs(store, before, after, result)
-    show_report(job, result, log_format)
-    check_gate(result)
-    if publish is not None:
-        _publish(store, publish, keep, publish_tolerance, log_format)
 
 
 def _unchanged(store: Store, job: Job, folder: str, *, with_rival: bool) -> RunReport | None:
