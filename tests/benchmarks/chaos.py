@@ -1,14 +1,15 @@
 """Runs on Ray nodes whose workers, nodes and drivers are killed at random moments: do they end, and with the same student?
 
-    DCQ_DATA=… python tests/benchmarks/chaos.py [--kills 50] [--seed 0] [--kills-per-run 3] [--job FILE] [--only KIND…]
+    DCQ_DATA=… python tests/benchmarks/chaos.py [--kills 50] [--seed 0] [--kills-per-run 3] [--job FILE] [--only KIND…] [--apart]
 
 An undisturbed run first, and another one at the end; between them runs with kills of one kind each, and some of all kinds:
 
 task     kill -9 of a worker process that dumps, measures or stitches
 actor    kill -9 of the process of a section's or the reducer's actor
 raylet   kill -9 of a node's raylet, whose workers end with it; a new node takes its place
-cut      SIGSTOP of a node's raylet for 2 to 20 s: to the cluster it is cut off, while its workers go on, and write. Ray here
-         takes a node for dead that does not answer for about ten seconds
+cut      a node is without network for 2 to 20 s, while its workers go on, and write, with --apart (root on Linux: every node has
+         a network namespace of its own); without it SIGSTOP of its raylet stands for that. Ray here takes a node for dead that
+         does not answer for about ten seconds
 driver   kill -9 of `dcq-ray run`, then the same command again
 
 Every run has folders of its own, so it begins with the dump. Seconds lost are by the clock, over the undisturbed runs, for each
@@ -245,6 +246,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kills-per-run", type=int, default=3, choices=[1, 2, 3], help="Ray tries a task four times")
     parser.add_argument("--job", type=Path, default=DEFAULT_JOB, help="default: ResNet-20 on 1,024 images, 4 sections")
     parser.add_argument("--only", nargs="+", choices=[*KINDS, MIXED], default=[], help="kinds of kills; default: all")
+    parser.add_argument("--apart", action="store_true", help="nodes in network namespaces of their own; needs root")
     return parser.parse_args(arguments)
 
 
@@ -258,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs: list[Run] = []
     interrupted = False
     try:
-        with nodes(root, NUM_NODES) as cluster:
+        with nodes(root, NUM_NODES, apart=options.apart) as cluster:
             disturb(root, cluster, options, runs)
     except KeyboardInterrupt:
         # What was finished until then is told.

@@ -1,7 +1,8 @@
 """Ray nodes as processes of this machine, what runs on them, and how it is killed.
 
 Every node is a raylet of its own beside a head that takes no sections; all of them share this machine's folders. What is killed is
-found in /proc: a raylet's workers are its children, and Ray writes into their titles what they run.
+found in /proc: a raylet's workers are its children, and Ray writes into their titles what they run. Where nodes have network
+namespaces of their own, one that is cut off loses its network; else its raylet is stopped.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import random
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+if __package__:
+    from .chaos_network import BRIDGE_ADDRESS, Namespace, namespaces
+else:
+    from chaos_network import BRIDGE_ADDRESS, Namespace, namespaces
 
 Kind = Literal["task", "actor", "raylet", "cut", "driver"]
 KINDS: tuple[Kind, ...] = ("task", "actor", "raylet", "cut", "driver")
@@ -103,8 +109,10 @@ def send(pid: int, signal_number: signal.Signals) -> bool:
 class Nodes:
     """A cluster's worker nodes; those that die are replaced by `mend`, and those that were cut off come back there."""
 
-    def __init__(self, cluster: Any, num_nodes: int) -> None:
+    def __init__(self, cluster: Any, num_nodes: int, places: Sequence[Namespace] = ()) -> None:
+        """`places`: a namespace for every node; empty where all are in this one."""
         self._cluster, self._num_nodes = cluster, num_nodes
+        self._places = places
         self._cut_until: dict[int, float] = {}
         self.address: str = cluster.address
 
@@ -113,14 +121,23 @@ class Nodes:
         for pid, until in list(self._cut_until.items()):
             if time.monotonic() >= until:
                 del self._cut_until[pid]
-                send(pid, signal.SIGCONT)
+                self._connect(pid, True)
         for node in list(self._cluster.worker_nodes):
             if _raylet(node).poll() is not None:
                 self._cluster.remove_node(node, allow_graceful=False)
         while len(self._cluster.worker_nodes) < self._num_nodes:
-            self._cluster.add_node(
-                wait=False, num_cpus=1, node_ip_address=HEAD_ADDRESS, object_store_memory=OBJECT_STORE_BYTES
-            )
+            taken = {node.node_ip_address for node in self._cluster.worker_nodes}
+            place = next((place for place in self._places if place.address not in taken), None)
+            if place is not None:
+                # Who was there may have died while it was cut off.
+                place.plug(True)
+            with contextlib.nullcontext() if place is None else place.inside():
+                self._cluster.add_node(
+                    wait=False,
+                    num_cpus=1,
+                    node_ip_address=HEAD_ADDRESS if place is None else place.address,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
 
     def settle(self) -> None:
         """Let all go on that was cut off, and wait until Ray counts as many living nodes as there are."""
@@ -163,12 +180,22 @@ class Nodes:
             return victim.title if send(victim.pid, signal.SIGKILL) else None
         seconds = generator.uniform(MIN_CUT_SECONDS, MAX_CUT_SECONDS)
         self._cut_until[victim.pid] = time.monotonic() + seconds
-        return f"{victim.title} for {seconds:.1f} s" if send(victim.pid, signal.SIGSTOP) else None
+        return f"{victim.title} for {seconds:.1f} s" if self._connect(victim.pid, False) else None
+
+    def _connect(self, pid: int, connected: bool) -> bool:
+        """Cut the node with a raylet off, or let it go on; whether it was there."""
+        addresses = [node.node_ip_address for node in self._cluster.worker_nodes if _raylet(node).pid == pid]
+        place = next((place for place in self._places if place.address in addresses), None)
+        if not self._places:
+            return send(pid, signal.SIGSTOP if not connected else signal.SIGCONT)
+        if place is not None:
+            place.plug(connected)
+        return place is not None
 
     def stop(self) -> None:
         """End all nodes, the head last."""
         for pid in self._cut_until:
-            send(pid, signal.SIGCONT)
+            self._connect(pid, True)
         self._cut_until.clear()
         for node in self._cluster.list_all_nodes()[::-1]:
             self._cluster.remove_node(node, allow_graceful=False)
@@ -180,12 +207,22 @@ def _raylet(node: Any) -> Any:
 
 
 @contextlib.contextmanager
-def nodes(root: Path, num_nodes: int) -> Iterator[Nodes]:
+def nodes(root: Path, num_nodes: int, *, apart: bool = False) -> Iterator[Nodes]:
     """A head and so many nodes with one CPU each, on loopback, with a token of their own; what they started ends with the block.
 
     Args:
         root: where Ray keeps its sockets and logs; a short path. Sets RAY_TMPDIR, the token and the marker of this process.
+        apart: every node in a network namespace of its own; needs root.
     """
+    with (
+        namespaces(num_nodes) if apart else contextlib.nullcontext(()) as places,
+        _nodes(root, num_nodes, places) as started,
+    ):
+        yield started
+
+
+@contextlib.contextmanager
+def _nodes(root: Path, num_nodes: int, places: Sequence[Namespace]) -> Iterator[Nodes]:
     os.environ.update(
         {
             MARKER: str(root),
@@ -203,14 +240,14 @@ def nodes(root: Path, num_nodes: int) -> Iterator[Nodes]:
             initialize_head=True,
             head_node_args={
                 "num_cpus": 0,
-                "node_ip_address": HEAD_ADDRESS,
+                "node_ip_address": BRIDGE_ADDRESS if places else HEAD_ADDRESS,
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
                 "_system_config": SYSTEM_CONFIG,
             },
             shutdown_at_exit=False,
         )
-        started = Nodes(cluster, num_nodes)
+        started = Nodes(cluster, num_nodes, places)
         try:
             started.settle()
             yield started
