@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import open_run, predict
-from dcq_ray.phases.predict import FROZEN_SHARE, streamed_makespan
+from dcq_ray.phases.predict import FROZEN_SHARE, makespan, makespan_lower_bound, streamed_makespan
 
 
 def test_streamed_sections_go_at_the_pace_of_the_slowest_run() -> None:
@@ -35,3 +39,28 @@ def test_look_ahead_and_views_cost_what_they_do(job_document: dict[str, Any], tm
     expected = (first + FROZEN_SHARE * second, second + FROZEN_SHARE * third, third)
     assert other.section_seconds == pytest.approx(expected)
     assert other.dump_seconds == pytest.approx(3 * plain.dump_seconds)
+
+
+def best_makespan(seconds: Sequence[int], num_workers: int) -> int:
+    """Of all ways to deal the pieces of work."""
+    ends = []
+    for workers in itertools.product(range(num_workers), repeat=len(seconds)):
+        loads = [0] * num_workers
+        for worker, duration in zip(workers, seconds, strict=True):
+            loads[worker] += duration
+        ends.append(max(loads))
+    return min(ends)
+
+
+@given(seconds=st.lists(st.integers(1, 40), min_size=1, max_size=7), num_workers=st.integers(1, 3))
+@example(seconds=[5, 5, 4, 4, 3, 3, 3], num_workers=3)
+def test_longest_first_ends_within_grahams_bound_of_the_best_of_all_ways(seconds: list[int], num_workers: int) -> None:
+    found, best = makespan(seconds, num_workers), best_makespan(seconds, num_workers)
+    assert makespan_lower_bound(seconds, num_workers) <= best + 1e-9
+    assert best <= found <= (4 / 3 - 1 / (3 * num_workers)) * best + 1e-9
+
+
+def test_grahams_bound_is_reached_by_his_own_example() -> None:
+    seconds = [5, 5, 4, 4, 3, 3, 3]
+    assert best_makespan(seconds, 3) == 9
+    assert makespan(seconds, 3) == 11
