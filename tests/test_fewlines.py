@@ -124,7 +124,7 @@ def test_the_readmes_example_runs(model: nn.Module) -> None:
     found: dict[str, Any] = {"model": model, "images": images, "labels": labels}
     exec(compile(blocks[0], "README.md", "exec"), found)
     assert found["done"].report.status == "succeeded"
-    assert Path("student.onnx").exists()
+    assert Path("student.dcq").exists()
 
 
 @pytest.mark.parametrize(

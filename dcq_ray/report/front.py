@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from dcq_ray.report.plots import front_plot
-from dcq_ray.search import Candidate, Searched
+
+if TYPE_CHECKING:
+    # Not at run time: it loads torch, which a run with nothing to do is to be told without.
+    from dcq_ray.search import Candidate, Searched
 
 FRONT_COLUMNS = ("network", "bytes", "divergence, predicted", "held-out score", "sections")
 

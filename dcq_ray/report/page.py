@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from dcq_ray.records import Diagnosis, RunReport
 from dcq_ray.report.advice import advice
@@ -29,7 +30,10 @@ from dcq_ray.report.words import (
     waterfall_rows,
     work_rows,
 )
-from dcq_ray.search import Searched
+
+if TYPE_CHECKING:
+    # Not at run time: it loads torch, which a run with nothing to do is to be told without.
+    from dcq_ray.search import Searched
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fcfcfb; --line: #d9dde1; --accent: #0072b2; }
