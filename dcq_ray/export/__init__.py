@@ -5,6 +5,7 @@ bits         codes in bits;  levels: quantized weights as codes;  packed: the pa
 loading      a student's file -> a plain network
 checking     whether a file gives what its student gives
 writing      write a form, run it, and only then give it its name
+latency      what an ONNX file takes, in bytes and seconds, beside its teacher in full precision
 """
 
 from dcq_ray.export.loading import load_packed
