@@ -65,7 +65,7 @@ def test_run_report_eval_and_ls(job_path: str, tmp_path: Path) -> None:
     assert "succeeded" in dcq("status", str(tmp_path / "run")).stdout
     again = dcq("run", job_path, "--address", "none", "--log-format", "json", "--max-drop", "100", *activations)
     assert again.returncode == 0
-    assert json.loads(again.stdout)["student"] == report["student"]
+    assert json.loads(again.stdout)["student_sha256"] == report["student"]["sha256"]
     assert all(json.loads(line) for line in again.stderr.splitlines())
     teacher = json.loads(dcq("teacher", job_path, "--log-format", "json").stdout)
     assert teacher["test_top1"] == report["teacher"]["top1"]

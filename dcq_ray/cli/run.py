@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
-from dcq_ray.cli.hooks import split_command, told_at_end
+from dcq_ray.cli.hooks import check_webhook, split_command, told_at_end
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
 from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
@@ -70,6 +70,13 @@ _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
     metavar="COMMAND",
     help="Start it when the run ends, with a line of JSON as input.",
 )
+@click.option(
+    "--webhook",
+    callback=check_webhook,
+    envvar="DCQ_RAY_WEBHOOK",
+    metavar="URL",
+    help="POST the same JSON there when the run ends; also DCQ_RAY_WEBHOOK, which no list of processes shows.",
+)
 @log_format_option
 @debug_option
 def run(
@@ -84,6 +91,7 @@ def run(
     keep: int,
     publish_tolerance: float,
     on_end: tuple[str, ...],
+    webhook: str | None,
     log_format: Literal["text", "json"],
 ) -> None:
     """Quantize the job's teacher: cut, dump, train every section in parallel, stitch, validate, report.
@@ -97,29 +105,30 @@ def run(
     from dcq_ray.inputs import keep_inputs, look_at_inputs, read_inputs
     from dcq_ray.storage import open_store
 
-    with told_at_end(on_end, job, log_format) as found:
+    with told_at_end(on_end, webhook, job, log_format) as ending:
         store = open_store(job.storage.run_dir)
-        unchanged = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
-        if unchanged is not None:
-            found(unchanged)
-            show_report(job, unchanged, log_format, page=False)
+        result = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
+        if result is not None:
+            ending.report = result
+            if log_format == "text":
+                show_report(job, result, log_format, page=False)
             _tell("nothing has changed since this run was finished", log_format)
-            check_gate(unchanged)
-            if publish is not None and not _is_current(open_store(publish), unchanged):
-                _publish(store, publish, keep, publish_tolerance, log_format)
-            return
-        before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
-        with watching(job, log_format) as (emit, say), interruptible(job):
-            result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
-            if with_rival and not _has_rival(result):
-                result = run_rival(job, folder, emit, "dorefa", "passes") or result
-        after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
-        found(result)
-        keep_inputs(store, before, after, result)
-        show_report(job, result, log_format)
+        else:
+            before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
+            with watching(job, log_format) as (emit, say), interruptible(job):
+                result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+                if with_rival and not _has_rival(result):
+                    result = run_rival(job, folder, emit, "dorefa", "passes") or result
+            after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
+            ending.report = result
+            keep_inputs(store, before, after, result)
+            if log_format == "text":
+                show_report(job, result, log_format)
+            else:
+                write_page(store, result)
         check_gate(result)
         if publish is not None:
-            _publish(store, publish, keep, publish_tolerance, log_format)
+            ending.published = _published(store, publish, result, keep, publish_tolerance, log_format)
 
 
 def _unchanged(store: Store, job: Job, folder: str, *, with_rival: bool) -> RunReport | None:
@@ -140,25 +149,31 @@ def _has_rival(report: RunReport) -> bool:
     return any((rival.method, rival.budget) == ("dorefa", "passes") for rival in report.baselines)
 
 
-def _is_current(place: Store, report: RunReport) -> bool:
+def _published(
+    store: Store,
+    target: str,
+    report: RunReport,
+    keep: int,
+    tolerance_points: float,
+    log_format: Literal["text", "json"],
+) -> str:
+    """The version that is current afterwards; told without torch where it is this student's already."""
     from dcq_ray.records import CURRENT_FILE, Current, unseal_json
-
-    content = place.read_bytes_or_none(CURRENT_FILE)
-    with contextlib.suppress(ValueError):
-        sha256 = None if report.student is None else report.student.sha256
-        return content is not None and unseal_json(Current, content).student_sha256 == sha256
-    return False
-
-
-def _publish(
-    store: Store, target: str, keep: int, tolerance_points: float, log_format: Literal["text", "json"]
-) -> None:
-    from dcq_ray.phases.publish import publish
     from dcq_ray.storage import open_store
 
     place = open_store(target)
-    current = publish(store, place, keep=keep, tolerance=tolerance_points / 100)
-    _tell(f"published: {place.location(current.version)} is current", log_format)
+    content = place.read_bytes_or_none(CURRENT_FILE)
+    version = None
+    with contextlib.suppress(ValueError):
+        current = None if content is None else unseal_json(Current, content)
+        if current is not None and report.student is not None and current.student_sha256 == report.student.sha256:
+            version = current.version
+    if version is None:
+        from dcq_ray.phases.publish import publish
+
+        version = publish(store, place, keep=keep, tolerance=tolerance_points / 100).version
+    _tell(f"published: {place.location(version)} is current", log_format)
+    return version
 
 
 def _tell(message: str, log_format: Literal["text", "json"]) -> None:
@@ -258,12 +273,12 @@ def show_report(
     """Write the page, and print the tables, with what a search found; `page`: False where it stands there already."""
     from rich.console import Console
 
-    from dcq_ray.report import print_front, print_report, report_html, report_json
+    from dcq_ray.report import print_front, print_report, report_json
     from dcq_ray.storage import open_store
 
     store = open_store(job.storage.run_dir)
     if page:
-        store.write_bytes("report.html", report_html(report, searched).encode())
+        write_page(store, report, searched)
     if log_format == "json":
         click.echo(report_json(report))
         return
@@ -272,3 +287,10 @@ def show_report(
         click.echo()
     print_report(report, Console())
     click.echo(f"\nstudent  {store.location('student.safetensors')}\nreport   {store.location('report.html')}")
+
+
+def write_page(store: Store, report: RunReport, searched: Searched | None = None) -> None:
+    """Write the report's page into the run directory."""
+    from dcq_ray.report import report_html
+
+    store.write_bytes("report.html", report_html(report, searched).encode())
