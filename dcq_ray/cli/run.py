@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from dcq_ray.cli.hooks import check_webhook, split_command, told_at_end
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
+from dcq_ray.cli.publishing import published, tell
 from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
 
@@ -77,6 +78,7 @@ _EXAMPLE = "\n".join(f"  {line}" for line in EXAMPLE_JOB.strip().splitlines())
     metavar="URL",
     help="POST the same JSON there when the run ends; also DCQ_RAY_WEBHOOK, which no list of processes shows.",
 )
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard below the run directory.")
 @log_format_option
 @debug_option
 def run(
@@ -92,6 +94,7 @@ def run(
     publish_tolerance: float,
     on_end: tuple[str, ...],
     webhook: str | None,
+    tensorboard: bool,
     log_format: Literal["text", "json"],
 ) -> None:
     """Quantize the job's teacher: cut, dump, train every section in parallel, stitch, validate, report.
@@ -112,11 +115,16 @@ def run(
             ending.report = result
             if log_format == "text":
                 show_report(job, result, log_format, page=False)
-            _tell("nothing has changed since this run was finished", log_format)
+            tell("nothing has changed since this run was finished", log_format)
         else:
             before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
-            with watching(job, log_format) as (emit, say), interruptible(job):
+            with (
+                watching(job, log_format) as (show, say),
+                _drawn(store, tensorboard, show) as (emit, finish),
+                interruptible(job),
+            ):
                 result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
+                finish(result)
                 if with_rival and not _has_rival(result):
                     result = run_rival(job, folder, emit, "dorefa", "passes") or result
             after = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=before)
@@ -128,7 +136,7 @@ def run(
                 write_page(store, result)
         check_gate(result)
         if publish is not None:
-            ending.published = _published(store, publish, result, keep, publish_tolerance, log_format)
+            ending.published = published(store, publish, result, keep, publish_tolerance, log_format)
 
 
 def _unchanged(store: Store, job: Job, folder: str, *, with_rival: bool) -> RunReport | None:
@@ -149,36 +157,12 @@ def _has_rival(report: RunReport) -> bool:
     return any((rival.method, rival.budget) == ("dorefa", "passes") for rival in report.baselines)
 
 
-def _published(
-    store: Store,
-    target: str,
-    report: RunReport,
-    keep: int,
-    tolerance_points: float,
-    log_format: Literal["text", "json"],
-) -> str:
-    """The version that is current afterwards; told without torch where it is this student's already."""
-    from dcq_ray.records import CURRENT_FILE, Current, unseal_json
-    from dcq_ray.storage import open_store
+def _drawn(store: Store, wanted: bool, emit: Emit) -> AbstractContextManager[tuple[Emit, Callable[[RunReport], None]]]:
+    if not wanted:
+        return contextlib.nullcontext((emit, lambda _: None))
+    from dcq_ray.report.tensorboard import drawn
 
-    place = open_store(target)
-    content = place.read_bytes_or_none(CURRENT_FILE)
-    version = None
-    with contextlib.suppress(ValueError):
-        current = None if content is None else unseal_json(Current, content)
-        if current is not None and report.student is not None and current.student_sha256 == report.student.sha256:
-            version = current.version
-    if version is None:
-        from dcq_ray.phases.publish import publish
-
-        version = publish(store, place, keep=keep, tolerance=tolerance_points / 100).version
-    _tell(f"published: {place.location(version)} is current", log_format)
-    return version
-
-
-def _tell(message: str, log_format: Literal["text", "json"]) -> None:
-    """A line on standard error in the form of the others."""
-    click.echo(json.dumps({"message": message}) if log_format == "json" else message, err=True)
+    return drawn(store, emit)
 
 
 def run_rival(
