@@ -44,7 +44,7 @@ def write_shard(store: Store, *, index: int, array: Array, dtype: str, compressi
     """Write one shard of a boundary, and its sidecar; the file is there whole or not at all.
 
     Args:
-        array: float32 [N, ...], N >= 1.
+        array: [N, ...], N >= 1: float32, or in `dtype` where `check_storable` has seen it before it was converted.
         dtype: float16 or float32, as stored.
         compression: none or zstd.
         digest: of the boundary.
@@ -52,7 +52,9 @@ def write_shard(store: Store, *, index: int, array: Array, dtype: str, compressi
     Raises:
         ShardError: an activation is not finite, or too large for float16.
     """
-    stored = _checked(store, index, array, dtype)
+    if array.dtype == np.float32:
+        check_storable(array, dtype, store.location(shard_name(index)))
+    stored = array.astype(dtype, copy=False)
     samples = np.ascontiguousarray(stored.reshape(len(stored), *(stored.shape[1:] or (1,))))
     column = pa.FixedShapeTensorArray.from_numpy_ndarray(samples)
     metadata = {"format_version": str(FORMAT_VERSION), "digest": digest, "index": str(index)}
@@ -72,6 +74,35 @@ def write_shard(store: Store, *, index: int, array: Array, dtype: str, compressi
     )
     store.write_bytes(_sidecar_name(index), seal_json(info))
     return info
+
+
+def check_storable(array: Array, dtype: str, where: str, first_sample: int = 0) -> None:
+    """Refuse float32 activations [N, ...] that are not finite, or that `dtype` cannot hold.
+
+    Args:
+        where: their shard's file, as errors name it.
+        first_sample: of the shard, which is the first of these.
+
+    Raises:
+        ShardError: it names the first of the samples, or the largest magnitude.
+    """
+    if len(array) == 0:
+        raise ShardError(f"{where}: a shard needs at least one sample")
+    limit = FLOAT16_MAX if dtype == "float16" else float(np.finfo(np.float32).max)
+    # Both are NaN where there is one. One look at each number, since nearly always that is all there is to say.
+    if array.size == 0 or (-limit <= array.min() and array.max() <= limit):
+        return
+    finite = np.isfinite(array)
+    if not finite.all():
+        rows = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
+        raise ShardError(
+            f"{where}: {len(rows)} of {len(array)} samples have activations that are not finite, the first is sample "
+            f"{first_sample + rows[0]} of the shard; look for NaN in the images or the teacher's weights"
+        )
+    raise ShardError(
+        f"{where}: an activation of magnitude {float(np.abs(array).max()):g} does not fit float16 (at most "
+        f"{FLOAT16_MAX:g}); set storage.dtype: float32"
+    )
 
 
 def shard_name(index: int) -> str:
@@ -202,26 +233,6 @@ def sample_order(num_samples: int, *, window: int, seed: int, section: int, epoc
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, section, epoch])))
     parts = [start + generator.permutation(min(window, num_samples - start)) for start in range(0, num_samples, window)]
     return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
-
-
-def _checked(store: Store, index: int, array: Array, dtype: str) -> Array:
-    where = store.location(shard_name(index))
-    if len(array) == 0:
-        raise ShardError(f"{where}: a shard needs at least one sample")
-    finite = np.isfinite(array)
-    if not finite.all():
-        rows = np.flatnonzero(~finite.reshape(len(array), -1).all(axis=1))
-        raise ShardError(
-            f"{where}: {len(rows)} of {len(array)} samples have activations that are not finite, the first is sample "
-            f"{rows[0]} of the shard; look for NaN in the images or the teacher's weights"
-        )
-    largest = float(np.abs(array).max()) if array.size else 0.0
-    if dtype == "float16" and largest > FLOAT16_MAX:
-        raise ShardError(
-            f"{where}: an activation of magnitude {largest:g} does not fit float16 (at most {FLOAT16_MAX:g}); "
-            "set storage.dtype: float32"
-        )
-    return array.astype(dtype)
 
 
 def _buffer(store: Store, shard: ShardInfo, stack: contextlib.ExitStack, copies: Copies | None) -> pa.Buffer:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import s3_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from dcq_ray import shards
 from dcq_ray.errors import ShardError, StorageError
 from dcq_ray.records import ShardManifest, seal_json
 from dcq_ray.shards import (
+    check_storable,
     commit_manifest,
     finished_shards,
     load_manifest,
@@ -176,6 +178,35 @@ def test_values_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="at least one sample"):
         write([], "float32")
     write([70000], "float32")
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "told"),
+    [
+        ([1.0, float("nan"), 2.0], "float32", "1 of 3 samples .* first is sample 41 "),
+        ([1.0, 2.0, float("-inf")], "float16", "1 of 3 samples .* first is sample 42 "),
+        ([1.0, -65504.0, 65519.0], "float16", "magnitude 65519 does not fit float16"),
+    ],
+)
+def test_a_part_of_a_shard_is_checked_before_it_is_converted(values: list[float], dtype: str, told: str) -> None:
+    array = np.array(values, np.float32).reshape(-1, 1)
+    with pytest.raises(ShardError, match=f"^here: .*{told}"):
+        check_storable(array, dtype, "here", first_sample=40)
+    check_storable(array[:1], dtype, "here")
+    check_storable(np.array([[65504.0, -65504.0]], np.float32), dtype, "here")
+
+
+def test_a_converted_array_is_written_as_one_that_is_converted_there(tmp_path: Path) -> None:
+    # Subnormal, ordinary and large numbers, and ties.
+    array = np.outer(np.array([1e-8, 3e-6, 0.1, 1.0, 30000.0], np.float32), [1.0, 1.00048828125, 1.00146484375, -2.0])
+    converted = torch.from_numpy(array).float().to(torch.float16).numpy()
+    infos = [
+        write_shard(
+            open_store(str(tmp_path / name)), index=0, array=rows, dtype="float16", compression="none", digest=DIGEST
+        )
+        for name, rows in (("there", array.astype(np.float32)), ("before", converted))
+    ]
+    assert infos[0] == infos[1]
 
 
 def test_positions_outside_are_refused(tmp_path: Path) -> None:

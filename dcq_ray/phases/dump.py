@@ -20,7 +20,15 @@ from dcq_ray.errors import DataError, ShardError, StorageError
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale
 from dcq_ray.phases.views import all_boundaries, images_of_view
 from dcq_ray.records import Boundary, Progress, RunContext, ShardInfo, ShardManifest
-from dcq_ray.shards import commit_manifest, finished_shards, load_manifest, samples_per_shard, write_shard
+from dcq_ray.shards import (
+    check_storable,
+    commit_manifest,
+    finished_shards,
+    load_manifest,
+    samples_per_shard,
+    shard_name,
+    write_shard,
+)
 from dcq_ray.storage import Store, add_use, hold_boundary, open_store, remove_use
 
 # So often slices are dumped whose shards are not there afterwards, before the dump gives up.
@@ -176,16 +184,19 @@ def dump_slices(
         if wanted:
             refuse_stale(context)
             last = max(boundary.index for boundary in wanted)
-            activations: dict[int, list[np.ndarray]] = {boundary.index: [] for boundary in wanted}
+            # In the stored dtype, so that a slice in memory is as large as its shards.
+            stored = {boundary.index: (boundary, _empty(boundary, len(positions))) for boundary in wanted}
             for start in range(0, len(positions), context.job.data.batch_size):
                 batch = positions[start : start + context.job.data.batch_size]
                 images = images_of_view(context, splits, batch, view).to(device)
                 for number, value in _boundary_values(sections, images, last):
-                    if number in activations:
-                        # A copy: the next section may work in place on this very tensor.
-                        activations[number].append(value.to("cpu", torch.float32, copy=True).numpy())
-            for boundary in wanted:
-                _write(context, boundary, index, np.concatenate(activations[boundary.index]))
+                    if number in stored:
+                        # Copied: the next section may work in place on this very tensor.
+                        boundary, rows = stored[number]
+                        where = boundary_store(context, boundary).location(shard_name(index))
+                        _put(boundary, rows, start, value, where)
+            for boundary, rows in stored.values():
+                _write(context, boundary, index, rows.numpy())
         yield DumpedSlice(index=index, num_samples=len(positions), cpu_seconds=time.process_time() - start_cpu_seconds)
 
 
@@ -236,12 +247,25 @@ def _boundary_values(
             yield number, value
 
 
-def _write(context: RunContext, boundary: Boundary, index: int, array: np.ndarray) -> None:
-    if array.shape[1:] != boundary.shape:
+def _empty(boundary: Boundary, num_samples: int) -> torch.Tensor:
+    dtype = torch.float16 if boundary.dtype == "float16" else torch.float32
+    return torch.empty((num_samples, *boundary.shape), dtype=dtype)
+
+
+def _put(boundary: Boundary, rows: torch.Tensor, start: int, value: torch.Tensor, where: str) -> None:
+    """Copy a batch's activations among the rows of a slice, from row `start` on, as they are stored; `where`: in errors."""
+    if value.shape[1:] != boundary.shape:
         raise DataError(
-            f"boundary {boundary.index} ({boundary.cut}): got activations of shape {array.shape[1:]}, the plan says "
+            f"boundary {boundary.index} ({boundary.cut}): got activations of shape {tuple(value.shape[1:])}, the plan says "
             f"{boundary.shape}; the data have changed since the plan was made: run again with --fresh"
         )
+    value = value.to("cpu", torch.float32)
+    check_storable(value.numpy(), boundary.dtype, where, first_sample=start)
+    # Torch converts as numpy does, to the nearest, of ties to the even one, and ten times as fast.
+    rows[start : start + len(value)].copy_(value)
+
+
+def _write(context: RunContext, boundary: Boundary, index: int, array: np.ndarray) -> None:
     write_shard(
         boundary_store(context, boundary),
         index=index,
