@@ -67,6 +67,7 @@ def test_a_worker_is_known_by_its_title_and_what_was_started_by_its_mark(tmp_pat
     titles = {
         "ray::_dump": (True, False),
         "ray::SectionWorker.train": (True, True),
+        "ray::Stitcher.finish": (True, True),
         "ray::Reducer": (True, True),
         "ray::IDLE": (False, False),
         "ray::DashboardAgent": (False, False),

@@ -117,7 +117,7 @@ def perhaps(value):
     title = Path("/proc/self/cmdline").read_bytes().split(b"\\0")[0].decode()
     # To open the network runs it, too; only what trains has gradients here.
     trains = value.requires_grad
-    if trains and title.startswith("ray::_finish"):
+    if trains and title.startswith("ray::Stitcher"):
         with open(FOLDER / "polished", "a") as log:
             log.write("a step\\n")
         # A first checkpoint is saved after a second.
@@ -190,15 +190,38 @@ def test_workers_that_die_in_the_dump_the_measuring_the_stitching_and_the_polish
     deadly_document["storage"]["checkpoint_seconds"] = 1e-9
     deadly_document["reduce"] = {"polish_epochs": 3}
     wanted = undisturbed_student(deadly_document, tmp_path)
-    names = ("_finish", "_measure", "_untrained", "dcq:small:dump")
+    names = ("Stitcher", "_measure", "_untrained", "dcq:small:dump")
     for name in names:
         (tmp_path / f"kill-{name}-plain-once").touch()
-    (tmp_path / "kill-_finish-saved-once").touch()
+    (tmp_path / "kill-Stitcher-saved-once").touch()
     assert on_ray(deadly_document, tmp_path).student == wanted
-    assert sorted((tmp_path / "killed").read_text().split()) == sorted([*names, "_finish"])
+    assert sorted((tmp_path / "killed").read_text().split()) == sorted([*names, "Stitcher"])
     # The polish, of three epochs of ten steps, went on where it was saved: the step in which it died was begun twice.
     assert len((tmp_path / "polished").read_text().splitlines()) == 31
     assert not (tmp_path / "run" / "polish").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_terminated_in_its_polish_saves_it_and_goes_on_there(
+    deadly_document: dict[str, Any], tmp_path: Path
+) -> None:
+    deadly_document["storage"]["checkpoint_seconds"] = 3600
+    deadly_document["reduce"] = {"polish_epochs": 3}
+    wanted = undisturbed_student(deadly_document, tmp_path)
+
+    def terminate(progress: Progress) -> None:
+        if progress.detail == "polish":
+            raise RunTerminated("terminated")
+
+    with pytest.raises(RunTerminated):
+        on_ray(deadly_document, tmp_path, terminate)
+    steps = [int(file.name.partition("-")[0]) for file in (tmp_path / "run" / "polish").glob("*/*.json")]
+    assert steps
+    log = tmp_path / "polished"
+    num_steps = len(log.read_text().splitlines())
+    assert on_ray(deadly_document, tmp_path).student == wanted
+    assert len(log.read_text().splitlines()) == num_steps + 30 - max(steps)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
+from dcq_ray.phases.polish import polish_reached
 from dcq_ray.phases.predict import Prediction, longest_first, predict
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
@@ -71,6 +72,7 @@ __all__ = [
     "plan_job",
     "plan_notes",
     "planning_teacher",
+    "polish_reached",
     "predict",
     "prepare",
     "read_report",

@@ -20,7 +20,7 @@ from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
 from dcq_ray.errors import StorageError
 from dcq_ray.losses import distillation
-from dcq_ray.phases.checkpoints import Checkpoint, Effort, newest_checkpoint, save_checkpoint
+from dcq_ray.phases.checkpoints import Checkpoint, Effort, checkpoint_positions, newest_checkpoint, save_checkpoint
 from dcq_ray.phases.context import Emit, Network, refuse_stale
 from dcq_ray.phases.saving import Pace, SaveRequest
 from dcq_ray.phases.views import images_of_view, num_views
@@ -211,6 +211,15 @@ def polish_store(context: RunContext, student: nn.Module, splits: Splits, settin
         "versions": library_versions(),
     }
     return open_store(context.run_dir).child(POLISH_FOLDER, json_sha256(content)[:32])
+
+
+def polish_reached(context: RunContext) -> int:
+    """How far a run's newest checkpoint of a polish is, in steps; 0 where there is none, or that cannot be told."""
+    store = open_store(context.run_dir).child(POLISH_FOLDER)
+    with contextlib.suppress(StorageError):
+        positions = [checkpoint_positions(store.child(name)) for name in store.list_names()]
+        return max((position for found in positions for position in found), default=0)
+    return 0
 
 
 def remove_polish(store: Store) -> None:

@@ -29,8 +29,9 @@ from dcq_ray.records import (
     SectionMeasurement,
     SectionResult,
 )
-from dcq_ray.remote.attempts import Attempts, plain_interrupts
-from dcq_ray.remote.cluster import Share, connected, node_resources, section_share
+from dcq_ray.remote.attempts import Attempts, plain_interrupts, saved_when_interrupted
+from dcq_ray.remote.autoscaling import asked_for
+from dcq_ray.remote.cluster import Share, connected
 from dcq_ray.remote.metrics import counted, metered
 from dcq_ray.remote.nodes import check_shared
 from dcq_ray.remote.sections import train_alone
@@ -61,19 +62,27 @@ def run_remote(
         StorageError: the run or cache directory's address names no place for files, or holds credentials.
         SectionTrainingError: sections failed; the report names them, the others' results stay.
     """
-    for folder in (job.storage.run_dir, job.storage.cache_dir):
+    folders = (job.storage.run_dir, job.storage.cache_dir)
+    for folder in folders:
         # A wrong address is told before a Ray is started for it.
         open_store(folder)
-    with connected(address, environment=environment, log_to_driver=log_to_driver) as phrase:
-        share = section_share(job, job.sections.count or 1, node_resources())
-        check_shared((job.storage.run_dir, job.storage.cache_dir))
+    with (
+        connected(address, environment=environment, log_to_driver=log_to_driver) as phrase,
+        asked_for(job, say=say) as shared_by,
+    ):
+        # One place is enough to find out what there is to do.
+        share = shared_by(job.sections.count or 1, 1)
+        check_shared(folders)
         device = _cluster_device(share)
         say(f"running on {phrase}: {share.places} sections at once on {device.type}")
         opened = open_run(job, job_folder, device=device, emit=metered(emit, job.name), owner=owner, fresh=fresh)
         with opened as session, plain_interrupts():
             if session.finished_report is not None:
                 return session.finished_report
-            share = section_share(job, len(session.tasks), node_resources())
+            share = shared_by(len(session.tasks), len(session.pending))
+            if job.resources.wait_seconds:
+                # Of nodes that came meanwhile.
+                check_shared(folders)
             session.dump(lambda missing: counted(_dumped(session.context, missing, share), missing, job.name))
             started = time.monotonic()
             reducer = _reducer(session, share, session.reused.values())
@@ -147,7 +156,7 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
 
 def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult]) -> Any:
     """A reducer that begins to measure these results."""
-    reducer = ReducerActor.options(num_cpus=0, max_concurrency=2).remote(session.context, share)
+    reducer = ReducerActor.options(num_cpus=0, max_concurrency=3).remote(session.context, share)
     for result in results:
         reducer.take.remote(result)
     return reducer
@@ -173,11 +182,14 @@ def _reduced(
 def _found(
     session: RunSession, reducer: Any, results: Sequence[SectionResult]
 ) -> tuple[Sequence[SectionMeasurement], TestScores, Finished]:
-    total = len(results) + 1
+    polishes = session.context.job.reduce.polish_epochs > 0
     reference = reducer.reduce.remote(results)
-    while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
-        done = unwrapped(reducer.num_measured.remote())
-        detail = "measuring sections alone" if done < len(results) else "stitching and validating"
-        session.emit(Progress(phase="reduce", done=done, total=total, unit="steps", detail=detail))
+    with saved_when_interrupted(lambda: [reducer] if polishes else []):
+        while not ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            done, line = unwrapped(reducer.num_measured.remote()), unwrapped(reducer.progress.remote())
+            if done < len(results) or line is None:
+                detail = "measuring sections alone" if done < len(results) else "stitching and validating"
+                line = Progress(phase="reduce", done=done, total=len(results) + 1, unit="steps", detail=detail)
+            session.emit(line)
     measurements, scores, finished = unwrapped(reference)
     return sorted(measurements, key=lambda measurement: measurement.index), scores, finished

@@ -1,7 +1,8 @@
-"""What runs on a cluster's workers: tasks for slices and measurements, the `SectionWorker` and `Reducer` actors."""
+"""What runs on a cluster's workers: tasks for slices and measurements, the actors that train, stitch, and reduce."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from dcq_ray.callables import importable_from
 from dcq_ray.data import Splits
-from dcq_ray.errors import DcqError, SectionTrainingError, ShardError, StaleRunError, StorageError
+from dcq_ray.errors import ClusterError, DcqError, SectionTrainingError, ShardError, StaleRunError, StorageError
 from dcq_ray.phases import (
     DumpedSlice,
     Finished,
@@ -21,12 +22,12 @@ from dcq_ray.phases import (
     choose_device,
     dump_slices,
     finish,
-    ignore_progress,
     measure_sections,
     measure_untrained,
     measured_section,
     open_network,
     open_splits,
+    polish_reached,
     section_failure,
     section_objective,
     train_section,
@@ -41,7 +42,10 @@ from dcq_ray.records import (
     SectionTask,
     to_json,
 )
+from dcq_ray.remote.attempts import Attempts
 from dcq_ray.remote.cluster import Share
+
+ANSWER_SECONDS = 0.5
 
 # The last run that this worker process opened: Ray uses a process for many short tasks, and reading a data set takes
 # longer than most of them.
@@ -75,17 +79,29 @@ def _untrained(context: RunContext) -> TestScores:
     return measure_untrained(context, *_open(context))
 
 
-def _finish(context: RunContext, results: Sequence[SectionResult]) -> Finished:
-    return finish(context, results, *_open(context), emit=ignore_progress)
-
-
-class SectionWorker:
-    """Trains one section; answers how far it is, and saves it when it is asked to, while it trains."""
+class Worker:
+    """Answers how far its work is, and saves it when it is asked to, while it does it."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._progress: Progress | None = None
         self._request = SaveRequest()
+
+    def progress(self) -> Progress | None:
+        """The latest line of the work, or None before its first step."""
+        return self._progress
+
+    def save(self, timeout_seconds: float) -> bool:
+        """Have the work save itself at its next step, and say whether it did in time."""
+        self._request.make()
+        return self._request.wait(timeout_seconds)
+
+    def _take(self, progress: Progress) -> None:
+        self._progress = progress
+
+
+class SectionWorker(Worker):
+    """Trains one section."""
 
     def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
         """The result of the task, or why it failed where it would fail again; what may pass is raised."""
@@ -112,29 +128,25 @@ class SectionWorker:
                 raise
             return section_failure(task, error)
 
-    def progress(self) -> Progress | None:
-        """The latest line of the training, or None before its first step."""
-        return self._progress
 
-    def save(self, timeout_seconds: float) -> bool:
-        """Have the training save itself at its next step, and say whether it did in time."""
-        self._request.make()
-        return self._request.wait(timeout_seconds)
+class Stitcher(Worker):
+    """Stitches and validates the student; a polish is saved as a section's training is."""
 
-    def _take(self, progress: Progress) -> None:
-        self._progress = progress
+    def finish(self, results: Sequence[SectionResult]) -> Finished:
+        """What `finish` found."""
+        opened = _open(self._context)
+        return finish(self._context, results, *opened, emit=self._take, request=self._request)
 
 
 class Reducer:
     """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
 
     def __init__(self, context: RunContext, share: Share) -> None:
-        self._context = context
+        self._context, self._share = context, share
         self._measure = _measure_task.options(**share.options)
-        self._finish = _finish_task.options(**share.options)
         self._scores = _untrained_task.options(**share.options)
         self._measurements: dict[int, Any] = {}
-        self._untrained: Any = None
+        self._stitcher: Any = None
 
     def take(self, result: SectionResult) -> None:
         """Start to measure a finished section; one that was trained again takes the place of its first result."""
@@ -143,8 +155,8 @@ class Reducer:
     def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
         untrained = self._scores.remote(self._context)
-        finished = self._finish.remote(self._context, results)
-        return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), ray.get(finished)
+        finished = self._finished(results)
+        return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), finished
 
     def num_measured(self) -> int:
         """How many sections are measured so far."""
@@ -154,6 +166,39 @@ class Reducer:
             else ([], [])
         )
         return len(done)
+
+    def progress(self) -> Progress | None:
+        """The latest line of the stitching, or None where it has not begun or does not answer."""
+        return None if self._stitcher is None else _answer(self._stitcher.progress.remote(), ANSWER_SECONDS)
+
+    def save(self, timeout_seconds: float) -> bool:
+        """Have a polish save itself, and say whether it did in time."""
+        return self._stitcher is not None and bool(
+            _answer(self._stitcher.save.remote(timeout_seconds), timeout_seconds)
+        )
+
+    def _finished(self, results: Sequence[SectionResult]) -> Finished:
+        """What a stitcher found; one that dies is replaced by another, which goes on where a polish was saved."""
+        attempts = Attempts(polish_reached(self._context))
+        while True:
+            self._stitcher = StitchActor.options(max_concurrency=3, **self._share.options).remote(self._context)
+            try:
+                found: Finished = ray.get(self._stitcher.finish.remote(results))
+                return found
+            except ray.exceptions.RayActorError as error:
+                if not attempts.another(polish_reached(self._context)):
+                    raise ClusterError(f"the worker that stitches died {attempts}; the last time: {error}") from error
+            finally:
+                # One that is only unavailable must not go on beside another.
+                ray.kill(self._stitcher)
+
+
+def _answer(reference: Any, timeout_seconds: float) -> Any:
+    """What a worker answers; None where it is dead or does not in time."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        if ray.wait([reference], timeout=timeout_seconds)[0]:
+            return ray.get(reference)
+    return None
 
 
 def unwrapped(reference: Any) -> Any:
@@ -174,6 +219,6 @@ cuda_task = ray.remote(_cuda_works)
 dump_task = ray.remote(_dump)
 _measure_task = ray.remote(_measure)
 _untrained_task = ray.remote(_untrained)
-_finish_task = ray.remote(_finish)
 SectionActor = ray.remote(SectionWorker)
+StitchActor = ray.remote(Stitcher)
 ReducerActor = ray.remote(Reducer)

@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = ("task", "actor", "raylet", "cut", "driver")
 MARKER = "DCQ_CHAOS"
 # What else bears such titles: a node's idle workers, and Ray's own helpers.
 NO_WORK = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
-ACTORS = ("SectionWorker", "StreamWorker", "Reducer")
+ACTORS = ("SectionWorker", "StreamWorker", "Stitcher", "Reducer")
 # A node that does not answer for about ten seconds is dead; Ray's own settings wait for about a minute.
 SYSTEM_CONFIG = {
     "health_check_initial_delay_ms": 5000,
