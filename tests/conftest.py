@@ -20,6 +20,13 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run the tests (`pytest -n 2 --dist loadgroup`), one of them runs all that start a Ray."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 class TinyResidualNet(nn.Module):
     """A user's network in small: BatchNorm, a residual join, a functional call, dropout, a Linear head."""
 

@@ -86,6 +86,7 @@ def test_who_trains_which_sections_does_not_change_them(job_document: dict[str, 
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_resumed_run_and_ray_give_the_undisturbed_student(job_document: dict[str, Any], tmp_path: Path) -> None:
     def run(name: str) -> str:

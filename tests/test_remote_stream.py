@@ -42,6 +42,7 @@ def ray_workers(name: str) -> list[int]:
     return found
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
     job_document: dict[str, Any], tmp_path: Path
