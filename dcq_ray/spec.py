@@ -253,6 +253,9 @@ class ResourcesSpec(SpecModel):
     cpus_per_section: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     memory_per_section: PositiveInt | Literal["auto"] = "auto"
     """Bytes; auto: the boundaries that the section keeps in memory, and its own needs."""
+    wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Ask a cluster's autoscaler for all sections' CPUs and GPUs, and wait so long for its nodes; 0: take those that are there.
+    Give gpus_per_section in numbers where GPUs are to come: auto means those that are there."""
 
 
 class StorageSpec(SpecModel):

@@ -143,14 +143,7 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
     that a whole number of sections shares a card.
     """
     num_cpus = job.resources.cpus_per_section
-    total_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    asked = job.resources.gpus_per_section
-    if asked != "auto":
-        num_gpus = asked
-    elif total_gpus == 0:
-        num_gpus = 0.0
-    else:
-        num_gpus = min(1.0, 1.0 / -(-num_sections // int(total_gpus)))
+    num_gpus = gpus_of_section(job, num_sections, nodes)
     places = 0
     for node in nodes:
         # The small number forgives sums such as 3 * (1 / 3).
@@ -160,11 +153,22 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
         places += fitting
     if places == 0:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "no node"
+        waiting = ", or let the run wait for an autoscaler's nodes by resources.wait_seconds"
         raise ClusterError(
             f"resources: a section asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs, but no node of the cluster has them "
             f"({have}); lower resources.cpus_per_section or resources.gpus_per_section"
+            f"{'' if job.resources.wait_seconds else waiting}"
         )
     return Share(num_cpus=num_cpus, num_gpus=num_gpus, places=places)
+
+
+def gpus_of_section(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> float:
+    """The GPUs, or the part of one, that each of so many sections gets on these nodes."""
+    asked = job.resources.gpus_per_section
+    if asked != "auto":
+        return asked
+    total_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+    return min(1.0, 1.0 / -(-num_sections // total_gpus)) if total_gpus else 0.0
 
 
 def node_resources() -> list[dict[str, float]]:
