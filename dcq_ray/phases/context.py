@@ -17,6 +17,7 @@ from dcq_ray.callables import importable_from
 from dcq_ray.data import Splits, load_splits
 from dcq_ray.errors import StaleRunError, StorageError, TeacherError
 from dcq_ray.partition import cut, trace_teacher
+from dcq_ray.phases.memory import keep_freed_memory
 from dcq_ray.records import Progress, RunContext
 from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import Teacher, build_network, frozen_teacher, load_state, state_bytes, state_from_bytes
@@ -94,7 +95,8 @@ def open_teacher(cache: Store, sha256: str, module: nn.Module, model: str) -> Te
 
 
 def open_network(context: RunContext) -> Network:
-    """The teacher of a run, cut as its plan says."""
+    """The teacher of a run, cut as its plan says, in a process that is ready to run it."""
+    keep_freed_memory()
     importable_from(context.job_folder)
     module = build_network(context.job.teacher, job_folder=context.job_folder)
     cache = open_store(context.cache_dir)
