@@ -31,7 +31,7 @@ from dcq_ray.gate import check_gate
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import part_top1, predict, read_report, run_local
 from dcq_ray.phases.context import refuse_stale
-from dcq_ray.phases.predict import makespan, makespan_lower_bound
+from dcq_ray.phases.predict import makespan
 from dcq_ray.phases.session import with_baselines
 from dcq_ray.quantizers import put_input_quantizers
 from dcq_ray.records import BaselineReport, PartitionPlan, Progress, RunContext, RunReport, from_json
@@ -489,8 +489,6 @@ def test_gap_closed_by_hand(job_document: dict[str, Any], tmp_path: Path) -> Non
 
 def test_makespan_by_hand() -> None:
     assert makespan([3, 3, 2, 2, 2], 2) == 7
-    assert makespan_lower_bound([3, 3, 2, 2, 2], 2) == 6
-    assert makespan_lower_bound([9, 1], 2) == 9
 
 
 def test_predictions_add_up(job_document: dict[str, Any], tmp_path: Path) -> None:

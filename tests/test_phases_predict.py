@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import open_run, predict
-from dcq_ray.phases.predict import FROZEN_SHARE, makespan, makespan_lower_bound, streamed_makespan
+from dcq_ray.phases.predict import FROZEN_SHARE, makespan, run_lower_bound, streamed_makespan
 
 
 def test_streamed_sections_go_at_the_pace_of_the_slowest_run() -> None:
@@ -56,7 +56,8 @@ def best_makespan(seconds: Sequence[int], num_workers: int) -> int:
 @example(seconds=[5, 5, 4, 4, 3, 3, 3], num_workers=3)
 def test_longest_first_ends_within_grahams_bound_of_the_best_of_all_ways(seconds: list[int], num_workers: int) -> None:
     found, best = makespan(seconds, num_workers), best_makespan(seconds, num_workers)
-    assert makespan_lower_bound(seconds, num_workers) <= best + 1e-9
+    bound = run_lower_bound(dump=0.0, sections=seconds, measuring=0.0, finish=0.0, num_workers=num_workers)
+    assert bound <= best + 1e-9
     assert best <= found <= (4 / 3 - 1 / (3 * num_workers)) * best + 1e-9
 
 
@@ -64,3 +65,13 @@ def test_grahams_bound_is_reached_by_his_own_example() -> None:
     seconds = [5, 5, 4, 4, 3, 3, 3]
     assert best_makespan(seconds, 3) == 9
     assert makespan(seconds, 3) == 11
+
+
+@pytest.mark.parametrize(
+    # All of it is 22; in a row are 4 over the workers, the section of 9, and 2.
+    ("num_workers", "expected"),
+    [(1, 22.0), (2, 13.0), (4, 12.0)],
+)
+def test_a_run_is_no_shorter_than_its_work_shared_nor_than_its_longest_chain(num_workers: int, expected: float) -> None:
+    found = run_lower_bound(dump=4.0, sections=[9.0, 4.0], measuring=3.0, finish=2.0, num_workers=num_workers)
+    assert found == pytest.approx(expected)

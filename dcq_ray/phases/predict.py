@@ -83,6 +83,16 @@ def streamed_makespan(seconds: Sequence[float], num_workers: int, stagger: float
     return slowest * (1 + stagger * (1 - 1 / num_runs))
 
 
-def makespan_lower_bound(seconds: Sequence[float], num_workers: int) -> float:
-    """No schedule on so many workers is shorter: all work shared evenly, or the longest piece."""
-    return max(sum(seconds) / num_workers, max(seconds, default=0.0))
+def run_lower_bound(
+    *, dump: float, sections: Sequence[float], measuring: float, finish: float, num_workers: int
+) -> float:
+    """No schedule of a run on so many workers is shorter than this, in the unit of what its parts take.
+
+    Either all of it shared evenly; or what cannot be at once: the dump shared evenly, the longest section, and the stitched
+    student's BatchNorm and validations. Neither the teacher's preparation nor any start of a process is in it.
+
+    Args:
+        measuring: scores of the teacher, of the untrained student, and of sections alone.
+    """
+    chain = dump / num_workers + max(sections, default=0.0) + finish
+    return max((dump + sum(sections) + measuring + finish) / num_workers, chain)

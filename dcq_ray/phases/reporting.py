@@ -9,7 +9,7 @@ from dataclasses import replace
 from dcq_ray.data import Splits
 from dcq_ray.digests import library_versions
 from dcq_ray.errors import SectionTrainingError
-from dcq_ray.phases.predict import makespan_lower_bound
+from dcq_ray.phases.predict import run_lower_bound
 from dcq_ray.phases.reduce import Finished, TestScores
 from dcq_ray.phases.session import RunSession, kept_baselines, run_digest, with_baselines, write_report
 from dcq_ray.records import (
@@ -52,22 +52,25 @@ def report_success(
         bits=sum(layer.num_weights * layer.bits for layer in quantized) / num_weights if num_weights else 32.0,
     )
     cost = session.dump_cost()
-    bound = (
-        makespan_lower_bound([result.cpu_seconds for result in results], num_workers) + cost.cpu_seconds / num_workers
-    )
+    section_cpu_seconds = [result.cpu_seconds for result in results]
+    measuring_cpu_seconds = scores.cpu_seconds + sum(measurement.cpu_seconds for measurement in measurements)
     timings = Timings(
         dump_seconds=cost.seconds,
         train_seconds=train_seconds,
         reduce_seconds=finished.seconds,
         total_seconds=time.monotonic() - session.started,
-        makespan_lower_bound_seconds=bound,
+        makespan_lower_bound_seconds=run_lower_bound(
+            dump=cost.cpu_seconds,
+            sections=section_cpu_seconds,
+            measuring=measuring_cpu_seconds,
+            finish=finished.cpu_seconds,
+            num_workers=num_workers,
+        ),
         cpu_seconds=PhaseCpuSeconds(
             teacher=session.prepared.teacher_cpu_seconds,
             dump=cost.cpu_seconds,
-            train=sum(result.cpu_seconds for result in results),
-            reduce=finished.cpu_seconds
-            + scores.cpu_seconds
-            + sum(measurement.cpu_seconds for measurement in measurements),
+            train=sum(section_cpu_seconds),
+            reduce=finished.cpu_seconds + measuring_cpu_seconds,
         ),
     )
     report = replace(
