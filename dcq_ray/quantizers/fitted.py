@@ -2,8 +2,9 @@
 
 The teacher's weights rounded to their nearest levels are a poor place to begin a training of few steps. Layer by layer, in the
 order in which they run, the levels are chosen by least squares on a few images instead (`descent`): the inputs are those that
-the quantized layers before leave, the wanted outputs the teacher's, so each layer also makes good what the ones before spoilt.
-No labels, no gradients, and about one pass of both networks (`walk`).
+the quantized layers before leave, the wanted outputs the teacher's, so each layer also makes good what the ones before spoilt,
+and where it is added to another branch (`sums`) what is spoilt there. No labels, no gradients, and about one pass of both
+networks (`walk`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
+from dcq_ray.quantizers.moments import Seen, moments_of
 from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, layer_weight
+from dcq_ray.quantizers.sums import Summand, summands
 from dcq_ray.quantizers.walk import Walk
 
-# Of every image so many places of a layer's input (all channels and the window around it) take part.
-PLACES_PER_IMAGE = 16
 # Of activations, of both networks together; where more are live, they are computed again.
 MAX_KEPT_BYTES = 2**30
 # At many bits rounding costs too little to be made good.
@@ -81,9 +81,11 @@ def fit_weights(
         for network, batches in zip((student, teacher), zip(*kept, strict=True), strict=True)
     ]
     ours, theirs = (walk.first_calls() for walk in walks)
+    sums = summands(teacher)
+    named = [{node.name: node for node in network.graph.nodes} for network in (student, teacher)]
     fits = []
     with torch.no_grad():
-        for name, node in ours.items():
+        for name in ours:
             layer: Any = student.get_submodule(name)
             if not parametrize.is_parametrized(layer, "weight"):
                 continue
@@ -92,8 +94,12 @@ def fit_weights(
             if not _fittable(layer, quantizer) or id(quantizer) in done:
                 continue
             done.add(id(quantizer))
-            inputs = zip(walks[0].inputs_of(node), walks[1].inputs_of(theirs[name]), strict=True)
-            fit = _fit_layer(layer, modules[name], inputs, name in free, seed, name)
+            summand = sums.get(name)
+            pairs = [
+                walk.inputs_of(calls[name], beside=None if summand is None else nodes[summand.other])
+                for walk, calls, nodes in zip(walks, (ours, theirs), named, strict=True)
+            ]
+            fit = _fit_layer(layer, modules[name], zip(*pairs, strict=True), summand, name in free, seed, name)
             if fit is not None:
                 fits.append(fit)
     for name, module in student.named_modules():
@@ -107,13 +113,14 @@ def fit_weights(
 def _fit_layer(
     layer: Any,
     teacher_layer: nn.Module,
-    inputs: Iterable[tuple[Tensor, Tensor]],
+    inputs: Iterable[tuple[Seen, Seen]],
+    summand: Summand | None,
     scale_free: bool,
     seed: int,
     name: str,
 ) -> LayerFit | None:
     """Fit one layer; None where there is nothing to gain: a scale or the outputs are all 0."""
-    moments = _moments(layer, teacher_layer, inputs, seed)
+    moments = moments_of(layer, teacher_layer, inputs, summand, seed)
     if moments is None:
         return None
     centred = scale_free or layer.bias is not None
@@ -160,118 +167,6 @@ def _shrunk(square: Tensor, cross: Tensor, rows: Tensor, num_samples: int) -> tu
     diagonal = square.diagonal(dim1=1, dim2=2)
     independent = rows.reshape(len(square), -1, rows.shape[1]).to(cross.dtype) * diagonal[:, None]
     return torch.lerp(square, torch.diag_embed(diagonal), share), torch.lerp(cross, independent.flatten(0, 1), share)
-
-
-# -- what both networks do at a layer ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Moments:
-    """Means over places and images of a layer's inputs x and of the teacher's u, for the groups of a layer, float64.
-
-    A row is an output channel, w its weights in the teacher, y = w'u.
-    """
-
-    inputs: Tensor
-    """E[x], [G, N]."""
-    products: Tensor
-    """E[x x'], [G, N, N]."""
-    wanted: Tensor
-    """E[y], [G, R / G]."""
-    crosses: Tensor
-    """E[y x'], [G, R / G, N]."""
-    squares: Tensor
-    """E[y^2], [G, R / G]."""
-    num_samples: int
-    """Places of images that they are means of."""
-
-    def plain(self) -> tuple[Tensor, Tensor, Tensor]:
-        """H [G, N, N], r [R, N] and E[y^2] [R], float32."""
-        return self.products.float(), self.crosses.flatten(0, 1).float(), self.squares.flatten().float()
-
-    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of what differs from the mean: H and r are covariances, the last the variance."""
-        products = self.products - self.inputs[:, :, None] * self.inputs[:, None]
-        crosses = self.crosses - self.wanted[:, :, None] * self.inputs[:, None]
-        variances = self.squares - self.wanted.square()
-        return products.float(), crosses.flatten(0, 1).float(), variances.flatten().float()
-
-    def mean_shift(self, weights: Tensor) -> Tensor:
-        """What the mean of the outputs lacks with these weights [R, N], biases apart; [R]."""
-        rows = weights.double().reshape(*self.wanted.shape, -1)
-        return (self.wanted - torch.einsum("grn,gn->gr", rows, self.inputs)).flatten().to(weights.dtype)
-
-
-def _moments(
-    layer: nn.Module, teacher_layer: nn.Module, inputs: Iterable[tuple[Tensor, Tensor]], seed: int
-) -> _Moments | None:
-    """Of pairs of batches that the layer gets in the student and in the teacher; None where a number is not finite."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = layer_weight(teacher_layer).detach().flatten(1)
-    count, sums = 0, None
-    for ours, theirs in inputs:
-        places = None
-        if ours.ndim > 2:
-            num_places = _num_places(layer, ours)
-            places = torch.randperm(num_places, generator=generator)[:PLACES_PER_IMAGE].sort().values.to(ours.device)
-        x, u = (_windows(layer, value, places) for value in (ours, theirs))
-        grouped = rows.reshape(len(x), -1, rows.shape[1])
-        y = u @ grouped.transpose(1, 2)
-        parts = (x.sum(1), x.transpose(1, 2) @ x, y.sum(1), y.transpose(1, 2) @ x, y.square().sum(1))
-        sums = [part.double() for part in parts] if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-        count += x.shape[1]
-    if sums is None or not all(torch.isfinite(value).all() for value in sums):
-        return None
-    means = [value / count for value in sums]
-    inputs, products, wanted, crosses, squares = means
-    return _Moments(
-        inputs=inputs, products=products, wanted=wanted, crosses=crosses, squares=squares, num_samples=count
-    )
-
-
-def _num_places(layer: nn.Module, value: Tensor) -> int:
-    if isinstance(layer, nn.Conv2d):
-        sizes = zip(value.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, _padding(layer), strict=True)
-        counts = [(size + before + after - d * (k - 1) - 1) // s + 1 for size, k, s, d, (before, after) in sizes]
-        return counts[0] * counts[1]
-    return value[0, ..., 0].numel()
-
-
-def _windows(layer: nn.Module, value: Tensor, places: Tensor | None) -> Tensor:
-    """The inputs of a layer's outputs at some places of every image, [G, B * places, N]."""
-    if not isinstance(layer, nn.Conv2d):
-        rows = value if places is None else value.flatten(1, -2)[:, places]
-        return rows.reshape(1, -1, value.shape[-1])
-    (top, bottom), (left, right) = _padding(layer)
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = functional.pad(value, (left, right, top, bottom), mode=mode)
-    # Views of all windows, of which only those at the places are copied.
-    windows = padded
-    for axis, (size, stride, dilation) in enumerate(
-        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2
-    ):
-        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    rows, columns = _rows_and_columns(places, windows.shape[2:4])
-    chosen = windows[:, :, rows, columns].permute(0, 1, 3, 4, 2).flatten(1, 3)
-    grouped = chosen.reshape(len(value), layer.groups, -1, chosen.shape[-1])
-    return grouped.permute(1, 0, 3, 2).flatten(1, 2)
-
-
-def _rows_and_columns(places: Tensor | None, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Where places of an image lie, in the order of its rows; all of them where None."""
-    numbers = torch.arange(shape[0] * shape[1]) if places is None else places
-    return numbers // shape[1], numbers % shape[1]
-
-
-def _padding(layer: nn.Conv2d) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many rows and columns are added before and after."""
-    if not isinstance(layer.padding, str):
-        height, width = layer.padding
-        return (height, height), (width, width)
-    if layer.padding == "valid":
-        return (0, 0), (0, 0)
-    height, width = (d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
-    return (height // 2, height - height // 2), (width // 2, width - width // 2)
 
 
 # -- which layers --------------------------------------------------------------------------------------------------------

@@ -43,10 +43,13 @@ class Walk:
                 found.setdefault(str(node.target), node)
         return found
 
-    def inputs_of(self, node: Node) -> Iterator[Tensor]:
+    def inputs_of(self, node: Node, *, beside: Node | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """For every batch what a layer gets at a call, its own hooks' work (an input quantizer's) done.
 
         Calls must come in the order of the graph, and each iterator be read to its end before the next is asked for.
+
+        Args:
+            beside: an earlier node, needed after the call, whose value then comes with the input; it is only to be read.
         """
         place, keeps = self._places[node], False
         for number, state in enumerate(self._states):
@@ -56,7 +59,8 @@ class Walk:
                 sample_bytes = _num_bytes(reached) / self._sizes[0]
                 keeps = sample_bytes * sum(self._sizes) <= self._max_kept_bytes
             arguments, keywords = self._in(reached, node)
-            yield _seen(self._runner.submodules[str(node.target)], arguments, keywords)
+            seen = _seen(self._runner.submodules[str(node.target)], arguments, keywords)
+            yield seen, None if beside is None else reached[beside]
             if keeps:
                 self._states[number] = reached
         if keeps:
