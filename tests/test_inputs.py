@@ -161,8 +161,10 @@ def test_a_run_with_nothing_to_do_needs_neither_torch_nor_ray(job_document: dict
     assert "stitched student" in again.stdout
     assert (tmp_path / "run" / "report.json").read_bytes() == report
     # The gate counts every time, and another name or place is no change.
-    missed = dcq("run", str(path), "--address", "none", "--max-drop", "0", "--set", "name=other", blocked=blocked)
+    other = ("--max-drop", "0", "--set", "name=other", "--log-format", "json")
+    missed = dcq("run", str(path), "--address", "none", *other, blocked=blocked)
     assert missed.returncode in (0, 3), missed.stderr
+    assert json.loads(missed.stdout)["exit_code"] == missed.returncode
     drop = json.loads(report)["teacher"]["top1"] - json.loads(report)["student"]["top1"]
     assert missed.returncode == (3 if drop > 0 else 0)
     # A live run holds the directory.
