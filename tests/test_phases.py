@@ -29,7 +29,7 @@ from dcq_ray.errors import (
 )
 from dcq_ray.gate import check_gate
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import part_top1, predict, read_report, run_local
+from dcq_ray.phases import part_top1, read_report, run_local
 from dcq_ray.phases.context import refuse_stale
 from dcq_ray.phases.predict import makespan
 from dcq_ray.phases.session import with_baselines
@@ -489,15 +489,6 @@ def test_gap_closed_by_hand(job_document: dict[str, Any], tmp_path: Path) -> Non
 
 def test_makespan_by_hand() -> None:
     assert makespan([3, 3, 2, 2, 2], 2) == 7
-
-
-def test_predictions_add_up(job_document: dict[str, Any], tmp_path: Path) -> None:
-    run(job_document, tmp_path)
-    plan = from_json(PartitionPlan, (tmp_path / "run" / "plan.json").read_bytes())
-    job = resolve_job(job_document, source="test")
-    one, many = predict(plan, job, 1), predict(plan, job, 3)
-    assert one.train_seconds == pytest.approx(sum(one.section_seconds))
-    assert many.train_seconds == max(many.section_seconds)
 
 
 def test_status_and_job_are_kept_beside_the_report(job_document: dict[str, Any], tmp_path: Path) -> None:

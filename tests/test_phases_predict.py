@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import open_run, predict
+from dcq_ray.phases import SampleCounts, SectionCosts, predict
 from dcq_ray.phases.predict import FROZEN_SHARE, makespan, run_lower_bound, streamed_makespan
+from dcq_ray.spec import Job
 
 
 def test_streamed_sections_go_at_the_pace_of_the_slowest_run() -> None:
@@ -27,17 +26,51 @@ def test_streamed_sections_go_at_the_pace_of_the_slowest_run() -> None:
     assert streamed_makespan(seconds, 4, 0.4) == streamed_makespan(seconds, 9, 0.4) == pytest.approx(4.0 * 1.3)
 
 
-def test_look_ahead_and_views_cost_what_they_do(job_document: dict[str, Any], tmp_path: Path) -> None:
-    document = {**job_document, "teacher": {"model": "user_nets:user_net", "min_top1": 0}}
-    job = resolve_job(document, source="test")
-    with open_run(job, str(tmp_path), device=torch.device("cpu"), emit=lambda _: None, owner="test") as session:
-        plan = session.context.plan
-    plain = predict(plan, job, 1)
-    train = {**document["train"], "look_ahead": 1, "augment": {"views": 3}}
-    other = predict(plan, resolve_job({**document, "train": train}, source="test"), 1)
-    first, second, third = plain.section_seconds
-    expected = (first + FROZEN_SHARE * second, second + FROZEN_SHARE * third, third)
-    assert other.section_seconds == pytest.approx(expected)
+def _costs(*steps: float) -> list[SectionCosts]:
+    return [
+        SectionCosts(forward_seconds=0.01, store_seconds=0.002, step_seconds=step, start_seconds=1.0) for step in steps
+    ]
+
+
+COUNTS = SampleCounts(train=320, held_out=100, test=50)
+
+
+def _job(document: dict[str, Any], **train: Any) -> Job:
+    return resolve_job({**document, "train": {**document["train"], **train}}, source="test")
+
+
+def test_predictions_by_hand(job_document: dict[str, Any]) -> None:
+    found = predict(_costs(0.5, 0.2), _job(job_document), COUNTS, 2)
+    # 3 epochs of 10 steps; 1 s for the start; 2 x 256 samples to choose by and 320 for BatchNorm, 0.01 s each.
+    assert found.section_seconds == pytest.approx((1 + 30 * 0.5 + 8.32, 1 + 30 * 0.2 + 8.32))
+    assert found.train_seconds == max(found.section_seconds)
+    # 320 samples through both sections, 0.012 s each, on two workers.
+    assert found.dump_seconds == pytest.approx(320 * 2 * 0.012 / 2)
+    # Shared by two, in passes of a section: each alone beside the teacher (2 + 2 and 2 + 1) on 100; teacher and untrained on 50
+    # each, and 320 for BatchNorm. On one: 320, twice 100 for the judge, twice 100 for validation, 50; 5 on 100 for the waterfall.
+    shared = 7 * 100 + 2 * (2 * 50 + 320)
+    alone = 2 * (320 + 200 + 200 + 50) + 5 * 100
+    assert found.reduce_seconds == pytest.approx(0.01 * (shared / 2 + alone))
+    assert found.makespan_seconds == found.dump_seconds + found.train_seconds + found.reduce_seconds
+
+
+def test_a_plain_start_and_a_plain_merge_cost_less(job_document: dict[str, Any]) -> None:
+    job = resolve_job({**job_document, "reduce": {"reestimate_batchnorm": False}}, source="test")
+    costs = _costs(0.5, 0.2)
+    full, plain = (predict(costs, each, COUNTS, 1) for each in (_job(job_document), job))
+    # 0.01 s for each of 320 samples, in both sections; and both networks' re-estimation and judge.
+    assert full.train_seconds - plain.train_seconds == pytest.approx(2 * 3.2)
+    assert full.reduce_seconds - plain.reduce_seconds == pytest.approx(2 * 0.01 * (320 + 320 + 200))
+    nearest = predict(costs, _job(job_document, start="nearest"), COUNTS, 1)
+    assert full.train_seconds - nearest.train_seconds == pytest.approx(2 * 5.12)
+
+
+def test_look_ahead_and_views_cost_what_they_do(job_document: dict[str, Any]) -> None:
+    costs = _costs(0.5, 0.2, 0.1)
+    plain = predict(costs, _job(job_document), COUNTS, 1)
+    other = predict(costs, _job(job_document, look_ahead=1, augment={"views": 3}), COUNTS, 1)
+    more = [ours - theirs for ours, theirs in zip(other.section_seconds, plain.section_seconds, strict=True)]
+    assert more == pytest.approx([30 * FROZEN_SHARE * 0.2, 30 * FROZEN_SHARE * 0.1, 0.0])
     assert other.dump_seconds == pytest.approx(3 * plain.dump_seconds)
 
 

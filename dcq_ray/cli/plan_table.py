@@ -50,6 +50,7 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
         console.print(note, markup=False)
     console.print(
         f"on {prediction.num_workers} workers: dump {prediction.dump_seconds:.1f} s, training "
-        f"{prediction.train_seconds:.1f} s, together {prediction.makespan_seconds:.1f} s (predicted from one measured batch)"
+        f"{prediction.train_seconds:.1f} s, merge {prediction.reduce_seconds:.1f} s, together "
+        f"{prediction.makespan_seconds:.1f} s (predicted from a few steps of every section)"
     )
     console.print(f"to pin these sections: sections: {{cuts: [{', '.join(plan.cuts)}]}}", markup=False, soft_wrap=True)

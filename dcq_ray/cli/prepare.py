@@ -36,7 +36,7 @@ def plan(job_path: str, overrides: tuple[str, ...], run_dir: str | None, workers
 
     from dcq_ray.cli.plan_table import print_plan
     from dcq_ray.data import load_splits
-    from dcq_ray.phases import choose_device, plan_job, planning_teacher, predict
+    from dcq_ray.phases import choose_device, plan_job, planning_teacher, predict, sample_counts, try_sections
     from dcq_ray.records import to_jsonable
     from dcq_ray.storage import open_store
 
@@ -45,7 +45,8 @@ def plan(job_path: str, overrides: tuple[str, ...], run_dir: str | None, workers
     cache = open_store(job.storage.cache_dir)
     teacher = planning_teacher(job, folder, splits, cache, device)
     made = plan_job(job, teacher, splits, device=device, cache=cache)
-    prediction = predict(made, job, workers or os.cpu_count() or 1)
+    costs = try_sections(job, teacher, made, splits.train, device)
+    prediction = predict(costs, job, sample_counts(splits), workers or os.cpu_count() or 1)
     if as_json:
         document = {
             "plan": to_jsonable(made),

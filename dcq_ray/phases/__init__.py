@@ -14,7 +14,7 @@ from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.polish import polish_reached
-from dcq_ray.phases.predict import Prediction, longest_first, predict
+from dcq_ray.phases.predict import Prediction, SampleCounts, longest_first, predict, sample_counts
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
@@ -31,6 +31,7 @@ from dcq_ray.phases.session import (
 from dcq_ray.phases.stream import Streamed, train_stream
 from dcq_ray.phases.stream_saving import restart_tick, saved_tick
 from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
+from dcq_ray.phases.trial import SectionCosts, try_sections
 
 __all__ = [
     "FIT_DAYS",
@@ -44,7 +45,9 @@ __all__ = [
     "Prepared",
     "Rules",
     "RunSession",
+    "SampleCounts",
     "SaveRequest",
+    "SectionCosts",
     "StopRequest",
     "Streamed",
     "TestScores",
@@ -80,6 +83,7 @@ __all__ = [
     "report_success",
     "restart_tick",
     "run_local",
+    "sample_counts",
     "saved_tick",
     "section_done",
     "section_failed",
@@ -88,6 +92,7 @@ __all__ = [
     "section_tasks",
     "train_section",
     "train_stream",
+    "try_sections",
     "with_baselines",
     "write_report",
 ]

@@ -6,10 +6,15 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dcq_ray.data import Splits
 from dcq_ray.partition import balanced_cuts
-from dcq_ray.phases.prepare import COST_BATCH_SIZE
+from dcq_ray.phases.diagnosis import MAX_DIAGNOSED_SAMPLES, waterfall_steps
+from dcq_ray.phases.reduce import MAX_ALONE_SAMPLES, MAX_BATCHNORM_SAMPLES
+from dcq_ray.phases.sources import CALIBRATION_SAMPLES
+from dcq_ray.phases.starting import NUM_COMPARED_SAMPLES
+from dcq_ray.phases.trial import SectionCosts
 from dcq_ray.phases.views import num_views
-from dcq_ray.records import PartitionPlan, SectionPlan
+from dcq_ray.records import SectionPlan
 from dcq_ray.spec import Job
 
 # Of a step: forward, and backward to the inputs, but no gradients of weights, in the sections that look-ahead runs through.
@@ -18,41 +23,89 @@ FROZEN_SHARE = 2 / 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Seconds on a machine like the one on which the plan was made."""
+    """Seconds on a machine like the one on which the costs were measured, without what processes need to start."""
 
     num_workers: int
     dump_seconds: float
     section_seconds: tuple[float, ...]
+    """Of each on one worker: start, steps, the choice between them, BatchNorm."""
     train_seconds: float
     """With sections started longest first, each on the next free worker."""
+    reduce_seconds: float
+    """Sections alone and the untrained student shared by the workers; then what the stitched student needs, on one."""
     makespan_seconds: float
 
 
-def predict(plan: PartitionPlan, job: Job, num_workers: int) -> Prediction:
-    """Seconds per section and for dump and training together on `num_workers` (at least 1) workers."""
-    num_samples = plan.boundaries[0].num_samples
-    cost_batch = min(COST_BATCH_SIZE, num_samples, job.data.batch_size)
-    num_passes = num_samples * job.train.epochs / cost_batch
-    steps = [section.step_seconds for section in plan.sections]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleCounts:
+    """How many images a job has."""
+
+    train: int
+    held_out: int
+    test: int
+
+
+def sample_counts(splits: Splits) -> SampleCounts:
+    """Of a job's parts."""
+    test = 0 if splits.test is None or splits.test.labels is None else len(splits.test)
+    return SampleCounts(train=len(splits.train), held_out=len(splits.held_out), test=test)
+
+
+def predict(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts, num_workers: int) -> Prediction:
+    """Seconds per section, and for dump, training and merge together on `num_workers` (at least 1) workers."""
+    batch_size = min(job.train.batch_size, counts.train)
+    num_steps = job.train.epochs * (counts.train // batch_size)
+    steps = [cost.step_seconds for cost in costs]
     ahead = len(steps) if job.train.look_ahead == "all" else job.train.look_ahead
+    num_forward = 2 * min(NUM_COMPARED_SAMPLES, counts.train) if job.train.start == "fitted" else 0
+    if job.reduce.reestimate_batchnorm:
+        num_forward += min(CALIBRATION_SAMPLES, counts.train)
     seconds = tuple(
-        (step + FROZEN_SHARE * sum(steps[index + 1 : index + 1 + ahead])) * num_passes
-        for index, step in enumerate(steps)
+        cost.start_seconds
+        + (step + FROZEN_SHARE * sum(steps[index + 1 : index + 1 + ahead])) * num_steps
+        + cost.forward_seconds * num_forward
+        for index, (cost, step) in enumerate(zip(costs, steps, strict=True))
     )
-    forward_seconds = sum(section.forward_seconds for section in plan.sections) * num_samples / cost_batch
+    per_sample = sum(cost.forward_seconds + cost.store_seconds for cost in costs)
+    dump_seconds = per_sample * counts.train * num_views(job) / num_workers
     train_seconds = (
         makespan(seconds, num_workers)
         if job.train.inputs == "teacher"
         else streamed_makespan(seconds, num_workers, job.train.stagger)
     )
-    dump_seconds = forward_seconds * num_views(job) / num_workers
+    reduce_seconds = _measuring_seconds(costs, job, counts) / num_workers + _finish_seconds(costs, job, counts)
     return Prediction(
         num_workers=num_workers,
         dump_seconds=dump_seconds,
         section_seconds=seconds,
         train_seconds=train_seconds,
-        makespan_seconds=dump_seconds + train_seconds,
+        reduce_seconds=reduce_seconds,
+        makespan_seconds=dump_seconds + train_seconds + reduce_seconds,
     )
+
+
+def _measuring_seconds(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts) -> float:
+    """Of every section alone, each beside a pass of the teacher, and of the teacher and the untrained student on test images."""
+    forward = [cost.forward_seconds for cost in costs]
+    alone = sum(sum(forward) + sum(forward[index:]) for index in range(len(forward)))
+    scores = sum(forward) * 2 * counts.test
+    if counts.test and job.reduce.reestimate_batchnorm:
+        scores += sum(forward) * min(MAX_BATCHNORM_SAMPLES, counts.train)
+    return alone * min(MAX_ALONE_SAMPLES, counts.held_out) + scores
+
+
+def _finish_seconds(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts) -> float:
+    """Of the stitched student: BatchNorm and its judge, validation beside the teacher, the waterfall, test images, a polish."""
+    forward = [cost.forward_seconds for cost in costs]
+    whole = sum(forward)
+    num_passes = 2 * counts.held_out + counts.test
+    if job.reduce.reestimate_batchnorm:
+        num_passes += min(MAX_BATCHNORM_SAMPLES, counts.train)
+        num_passes += 2 * counts.held_out if job.reduce.roll_back else 0
+    waterfall = 2 * whole + sum(sum(forward[index + 1 :]) for index in waterfall_steps(len(forward)))
+    num_steps = job.reduce.polish_epochs * (counts.train // min(job.train.batch_size, counts.train))
+    polish = sum(cost.step_seconds for cost in costs) * num_steps
+    return whole * num_passes + waterfall * min(MAX_DIAGNOSED_SAMPLES, counts.held_out) + polish
 
 
 def longest_first(sections: Sequence[SectionPlan]) -> list[SectionPlan]:
