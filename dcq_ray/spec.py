@@ -241,6 +241,8 @@ class ReduceSpec(SpecModel):
     """Peak learning rate of the polish; null: 0.3 of `train.lr`."""
     roll_back: bool = True
     """Undo a step of the merge (BatchNorm re-estimated, an epoch of polish) that is worse on held-out images."""
+    test: Literal["all", "student", "none"] = "all"
+    """Who is scored on test images: teacher, untrained student and student; teacher and student; or nobody."""
     max_drop: Annotated[float, Field(ge=0, le=100)] | None = None
     """Quality gate: percentage points that the student may lose against the teacher (1.5 means 0.015)."""
 

@@ -66,3 +66,13 @@ def test_the_teachers_score_on_test_images_serves_every_run_with_it(
     )
     assert second.teacher.top1 == 0.984375
     assert second.untrained_top1 != report.untrained_top1
+    # Asked for fewer scores, the same trained sections give the same student.
+    for scored, shown in (("student", (0.984375, None)), ("none", (None, None))):
+        asked = resolve_job(job_document, source="test", overrides=(*overrides, f"reduce.test={scored}"))
+        again = run_local(asked, str(tmp_path), emit=lambda _: None, owner="test")
+        assert (again.teacher.top1, again.untrained_top1) == shown
+        assert again.student is not None
+        assert second.student is not None
+        assert again.student.top1 == (second.student.top1 if scored == "student" else None)
+        assert again.student.sha256 == second.student.sha256
+        assert again.validation == second.validation

@@ -69,6 +69,13 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(job
     page = (run / "report.html").read_text()
     assert "<h2>Search</h2>" in page
     assert f"within {found['budget_bytes']:,} bytes" in page
+    # Test images are for what was chosen: members never see them, and the untrained student is left out.
+    assert report["student"]["top1"] > 0.5
+    assert report["teacher"]["top1"] > 0.5
+    assert report["untrained_top1"] is None
+    for name in OPTIONS:
+        member = json.loads((library[name] / "report.json").read_text())
+        assert (member["student"]["top1"], member["teacher"]["top1"], member["untrained_top1"]) == (None, None, None)
     # Uniform networks score as their own runs say, and take as many bytes.
     for name, candidate in uniform.items():
         own = json.loads((library[name] / "report.json").read_text())

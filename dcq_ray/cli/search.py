@@ -94,7 +94,12 @@ def search(
         budget_bytes = None if budget is None else parse_budget(budget, sizes, job.quantize.weights.scheme)
         drop = None if max_drop is None else max_drop / 100
         searched = search_library(found, shelf, budget_bytes=budget_bytes, max_drop=drop, emit=emit)
-        chosen = (*overrides, f"quantize.overrides={combination_overrides(found, searched.choices)}")
+        # Scoring an untrained student of its bits would take as long as the search.
+        chosen = (
+            "reduce.test=student",
+            *overrides,
+            f"quantize.overrides={combination_overrides(found, searched.choices)}",
+        )
         mixed, _ = read_job(job_path, chosen, run_dir)
         take_sections(found, searched.choices, run_store)
         result = run_phases(mixed, folder, address=address, fresh=False, emit=emit, say=say)
@@ -118,8 +123,9 @@ def parse_budget(text: str, sizes: dict[Option, int], scheme: str) -> int:
 
 
 def _member_job(job_path: str, overrides: tuple[str, ...], option: Option, run_dir: str) -> Job:
-    own = (f"quantize.weights.scheme={option.scheme}", f"quantize.weights.bits={option.bits}", "reduce.max_drop=null")
-    return read_job(job_path, (*overrides, *own), run_dir)[0]
+    own = (f"quantize.weights.scheme={option.scheme}", f"quantize.weights.bits={option.bits}")
+    # A member is looked at on held-out images alone: choices are made among members, and test images are for what was chosen.
+    return read_job(job_path, (*overrides, *own, "reduce.max_drop=null", "reduce.test=none"), run_dir)[0]
 
 
 def _keep(searched: Searched, store: Store) -> None:

@@ -146,6 +146,7 @@ def test_key(context: RunContext, splits: Splits) -> str:
         {
             "plan": context.plan.key,
             "test": None if splits.test is None else splits.test.sha256,
+            "scored": context.job.reduce.test,
             "reestimate": context.job.reduce.reestimate_batchnorm,
             "layers": [layer_identity(layer) for layer in context.plan.layers],
             "device": context.device,
@@ -154,7 +155,7 @@ def test_key(context: RunContext, splits: Splits) -> str:
 
 
 def measure_untrained(context: RunContext, network: Network, splits: Splits) -> TestScores:
-    """Score the teacher and the student before any training on the test part; kept in the run directory."""
+    """Score the teacher and the student before any training on the test part, as `reduce.test` says; kept in the run directory."""
     start_cpu_seconds = time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
     key = test_key(context, splits)
@@ -168,14 +169,15 @@ def measure_untrained(context: RunContext, network: Network, splits: Splits) -> 
         except ValueError:
             pass
     device = choose_device(context.device)
-    batch_size = context.job.data.batch_size
+    batch_size, scored = context.job.data.batch_size, context.job.reduce.test
     teachers_top1 = untrained_top1 = None
-    if splits.test is not None and splits.test.labels is not None:
+    if splits.test is not None and splits.test.labels is not None and scored != "none":
         cache = open_store(context.cache_dir)
         teachers_top1 = teacher_top1(network.teacher, splits.test, batch_size, device=device, cache=cache)
-        untrained = untrained_student(context, network, splits.train, device)
-        adapt_batchnorm(context, untrained, splits.train, device)
-        untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
+        if scored == "all":
+            untrained = untrained_student(context, network, splits.train, device)
+            adapt_batchnorm(context, untrained, splits.train, device)
+            untrained_top1 = part_top1(untrained, splits.test, batch_size, device)
     scores = TestScores(
         key=key,
         teacher_top1=teachers_top1,
@@ -229,7 +231,8 @@ def finish(
     sections = student_sections(network, student.state_dict(), extra)
     validation = validate(context, sections, network, splits.held_out, device)
     diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
-    test_top1 = None if splits.test is None else part_top1(student, splits.test, job.data.batch_size, device)
+    test = None if job.reduce.test == "none" else splits.test
+    test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device)
     say(3)
     student.to("cpu")
     state = {name: value.detach().contiguous() for name, value in (*student.state_dict().items(), *extra.items())}

@@ -114,7 +114,9 @@ def search_library(
         possible = [*best_within(front, budget_bytes, NUM_LOOKED_AT), *others]
         best = max(possible, key=lambda found: (score(found), -found.num_bytes))
     else:
-        least = judge(library.network.teacher.module) - (max_drop or 0.0)
+        top1 = library.prepared.held_out_top1
+        # Without labels the score is the agreement with the teacher, which agrees with itself.
+        least = (1.0 if top1 is None else top1) - (max_drop or 0.0)
         # What is looked at anyway may be better than predicted, and smaller.
         looked_at = [_smallest(front, lambda found: score(found) >= least), *shown, *uniform]
         enough = [found for found in looked_at if score(found) >= least]
