@@ -15,7 +15,6 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from dcq_ray.callables import load_callable
@@ -184,6 +183,9 @@ def _function(model: str, job_folder: str) -> Callable[..., Any]:
             raise TeacherError(f"teacher.model: dcq_ray has no network {name!r}; {_near(name, sorted(NETWORKS))}")
         return NETWORKS[name]
     if prefix == "torchvision":
+        # Only here: it brings torch._dynamo along, which takes longer to import than all else together.
+        import torchvision
+
         names = torchvision.models.list_models()
         if name not in names:
             raise TeacherError(f"teacher.model: torchvision has no model {name!r}; {_near(name, names)}")
@@ -197,6 +199,8 @@ def _weights_enum(model: str, weights: str) -> Any:
     prefix, _, name = model.partition(":")
     if prefix != "torchvision" or "/" in weights or weights.endswith((".safetensors", ".pt", ".pth")):
         return None
+    import torchvision
+
     enum = torchvision.models.get_model_weights(name)
     member = weights.rpartition(".")[2]
     if member in enum.__members__:
