@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+
+import torch
 
 from dcq_ray.digests import json_sha256
 from dcq_ray.errors import UsageError
@@ -98,10 +102,16 @@ def search_library(
 
     def score(found: Combination) -> float:
         if found.choices not in scores:
-            detail = "measuring combinations on held-out images"
-            emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
-            scores[found.choices] = combination_score(library, found.choices, judge, store)
+            score_all([found])
         return scores[found.choices]
+
+    def score_all(some: Sequence[Combination]) -> None:
+        unknown = list(dict.fromkeys(found.choices for found in some if found.choices not in scores))
+        detail = "measuring combinations on held-out images"
+        emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
+        for choices, value in zip(unknown, _scores(library, unknown, judge, store), strict=True):
+            scores[choices] = value
+            emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
 
     if budget_bytes is not None:
         if front[0].num_bytes > budget_bytes:
@@ -112,11 +122,13 @@ def search_library(
         # What is looked at anyway may beat what is predicted to be better.
         others = [found for found in (*shown, *uniform) if found.num_bytes <= budget_bytes]
         possible = [*best_within(front, budget_bytes, NUM_LOOKED_AT), *others]
+        score_all([*possible, *shown, *uniform])
         best = max(possible, key=lambda found: (score(found), -found.num_bytes))
     else:
         top1 = library.prepared.held_out_top1
         # Without labels the score is the agreement with the teacher, which agrees with itself.
         least = (1.0 if top1 is None else top1) - (max_drop or 0.0)
+        score_all([*shown, *uniform])
         # What is looked at anyway may be better than predicted, and smaller.
         looked_at = [_smallest(front, lambda found: score(found) >= least), *shown, *uniform]
         enough = [found for found in looked_at if score(found) >= least]
@@ -184,6 +196,16 @@ def combination_score(library: Library, choices: Sequence[int], judge: Judge, st
         score = judge(student)
     store.write_bytes(name, seal_json(Measured(key=key, score=score)))
     return score
+
+
+def _scores(library: Library, some: Sequence[tuple[int, ...]], judge: Judge, store: Store) -> Iterator[float]:
+    """Their scores, in order; on the CPU so many at once as it has cores for, each as it would be alone."""
+    num_threads = library.members[0].context.job.train.num_threads
+    num_at_once = 1 if library.device.type != "cpu" else max(1, (os.cpu_count() or 1) // num_threads)
+    with ThreadPoolExecutor(
+        min(num_at_once, max(1, len(some))), initializer=torch.set_num_threads, initargs=(num_threads,)
+    ) as pool:
+        yield from pool.map(lambda choices: combination_score(library, choices, judge, store), some)
 
 
 def combination_overrides(library: Library, choices: Sequence[int]) -> str:
