@@ -37,6 +37,8 @@ def test_the_table_says_where_a_runs_seconds_went() -> None:
     names = ["starting the command, joining Ray, the tables at the end", "preparing: images, teacher, plan"]
     assert [found[name].value for name in (*names, "dump", "train", "reduce")] == [4.0, 2.0, 2.0, 10.0, 3.0]
     assert found["processor seconds that the report tells"].value == 21.0
+    # 4, 12 and 4 beside 20.
+    assert found["processor seconds of dump, train and reduce / bare"].value == pytest.approx(1.0)
     assert len(figures(PIECES, 2, Run(seconds=21.0, timings=TIMINGS, sha256=""), None)) == len(found) - 1
 
 

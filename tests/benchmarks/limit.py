@@ -100,6 +100,15 @@ def figures(
     ]
     found = [harness.Figure(name=name, value=value, unit=unit) for name, value, unit in values]
     found.append(harness.Figure(name="run / bound", value=warm.seconds / least, unit="ratio", bar=MAX_RATIO))
+    # Without starts of processes and waiting, and little changed by what else the machine does.
+    phases_cpu = sum(seconds for name, seconds in timings["cpu_seconds"].items() if name != "teacher")
+    found.append(
+        harness.Figure(
+            name="processor seconds of dump, train and reduce / bare",
+            value=phases_cpu / sum(pieces.values()),
+            unit="ratio",
+        )
+    )
     if cold_start_seconds is not None:
         found.append(
             harness.Figure(
