@@ -209,6 +209,19 @@ def test_a_converted_array_is_written_as_one_that_is_converted_there(tmp_path: P
     assert infos[0] == infos[1]
 
 
+@pytest.mark.parametrize("row", [(3,), (1024,), (2048,), (5, 7, 31)])
+@pytest.mark.parametrize("positions", [[4], [9, 0, 9], [3, 2, 1, 0], [11, 0, 5, 4, 8, 3, 7], list(range(12))])
+def test_rows_of_any_size_from_one_shard_or_many_are_those_at_their_positions(
+    tmp_path: Path, row: tuple[int, ...], positions: list[int]
+) -> None:
+    array = np.random.default_rng(0).normal(size=(12, *row)).astype(np.float32)
+    store = open_store(str(tmp_path))
+    with open_boundary(store, write_boundary(store, array, size=4)) as reader:
+        found = reader.read(np.array(positions))
+    np.testing.assert_array_equal(found, array[positions])
+    assert found.flags.writeable
+
+
 def test_positions_outside_are_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     with open_boundary(store, write_boundary(store, np.ones((5, 2), np.float32))) as reader:
