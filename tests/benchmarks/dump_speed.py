@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = harness.result(
         "dump",
         f"Activations of {Path(options.job).name} ({size}) written and read; one thread.",
-        "python tests/benchmarks/dump_speed.py" + "".join(f" --set {part}" for part in options.settings),
+        harness.command(__file__, arguments),
         table,
         load=load,
         at=at,

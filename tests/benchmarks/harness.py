@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -155,6 +156,13 @@ def told(figure: Figure) -> str:
     value = figure.value
     digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
     return digits if figure.unit == "ratio" else f"{digits} {figure.unit}"
+
+
+def command(script: str, arguments: Sequence[str] | None) -> str:
+    """The line that runs a benchmark with these arguments; None: those of this process."""
+    return shlex.join(
+        ["python", f"tests/benchmarks/{Path(script).name}", *(sys.argv[1:] if arguments is None else arguments)]
+    )
 
 
 def machine() -> str:

@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "limit",
         f"`dcq-ray run` of {Path(options.job).name} on {options.workers} workers beside bare loops of the same work. "
         f"Student {best.sha256[:12]}.",
-        "python tests/benchmarks/limit.py" + "".join(f" --set {setting}" for setting in options.settings),
+        harness.command(__file__, arguments),
         table,
         load=load,
         at=at,

@@ -40,11 +40,11 @@ else:
     import harness
 
 JOBS = Path(__file__).parents[2] / "jobs" / "paper"
-SMALL = ("data.train_samples=2000", "data.held_out_samples=500", "data.test_samples=500", "train.epochs=1")
+SMALL = ("data.train_samples=1000", "data.held_out_samples=250", "data.test_samples=250", "train.epochs=1")
 NETWORKS: Mapping[str, tuple[Path, tuple[str, ...]]] = {
-    "LeNet": (JOBS / "lenet-mnist-w1.yaml", ("data.train_samples=4000", *SMALL[1:])),
+    "LeNet": (JOBS / "lenet-mnist-w1.yaml", ("data.train_samples=2000", *SMALL[1:])),
     "ResNet-20": (JOBS / "resnet20-cifar10-w1.yaml", SMALL),
-    "VGG-11": (JOBS / "vgg11-cifar10-w1.yaml", ("data.train_samples=1000", *SMALL[1:])),
+    "VGG-11": (JOBS / "vgg11-cifar10-w1.yaml", ("data.train_samples=500", *SMALL[1:])),
 }
 MAX_OFF = 0.15
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = harness.result(
         "prediction",
         "What `dcq-ray plan` predicts, beside a run in one process; few images, one epoch.",
-        "python tests/benchmarks/prediction.py" + "".join(f" --only {name}" for name in options.only or ()),
+        harness.command(__file__, arguments),
         rows,
         load=load,
         at=at,

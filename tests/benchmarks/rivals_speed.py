@@ -255,8 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = harness.result(
             f"rivals-{name}",
             f"{Path(options.job).name} beside what a user would do instead.",
-            f"python tests/benchmarks/rivals_speed.py --only {name}"
-            + "".join(f" --set {part}" for part in options.settings),
+            harness.command(__file__, arguments),
             measured,
             load=load,
             at=at,

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = harness.result(
         "step",
         f"A training step of every section of {Path(options.job).name}, batches of {batch_size}, one thread.",
-        "python tests/benchmarks/step_profile.py" + "".join(f" --set {part}" for part in options.settings),
+        harness.command(__file__, arguments),
         rows,
         load=load,
         at=at,
