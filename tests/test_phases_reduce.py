@@ -25,6 +25,9 @@ def test_sections_measured_together_are_as_measured_one_by_one(job_document: dic
     with open_run(job, str(tmp_path), device=torch.device("cpu"), emit=lambda _: None, owner="test") as session:
         context, splits, network = session.context, session.prepared.splits, open_network(session.context)
         results = [session.results[index] for index in range(3)]
+        for result in results:
+            assert min(result.read_seconds, result.start_seconds, result.input_wait_seconds) > 0
+            assert result.read_seconds + result.start_seconds + result.input_wait_seconds < result.seconds
         together = measure_sections(context, results, network, splits)
         one_by_one = [measure_sections(context, [result], network, splits)[0] for result in results]
         assert [replace(found, cpu_seconds=0.0) for found in together] == [

@@ -405,3 +405,11 @@ def test_where_nothing_is_lost_the_advice_says_so(report: RunReport) -> None:
     ]
     assert advice(report) == []
     assert advice(failed(report)) == []
+
+
+def test_the_page_tells_what_a_section_spent_its_seconds_on(report: RunReport) -> None:
+    split = section(0, seconds=8.0, read_seconds=1.0, start_seconds=5.0, input_wait_seconds=0.5)
+    page = report_html(dataclasses.replace(report, sections=(split,)))
+    columns = re.findall(r"<th[^>]*>(.*?)</th>", page)
+    assert columns[columns.index("seconds") :][:4] == ["seconds", "reading", "starting", "waiting"]
+    assert [cell in page for cell in ("12.5 %", "62.5 %", "6.2 %")] == [True] * 3

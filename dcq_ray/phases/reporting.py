@@ -173,6 +173,8 @@ def _section_report(
         loss_curve=result.loss_curve,
         num_bytes_packed=_packed_bytes(section),
         input_wait_seconds=result.input_wait_seconds,
+        read_seconds=result.read_seconds,
+        start_seconds=result.start_seconds,
         kept_start=result.kept_start,
     )
 

@@ -160,8 +160,9 @@ def train_section(
 
     with contextlib.ExitStack() as stack:
         views = open_views(context, task.index, splits, device, memory_bytes, stack)
-        inputs = views[0][0]
+        inputs, read = views[0][0], time.monotonic()
         module = student_section(context, task.index, network, inputs, device, resumed=saver.start is not None)
+        begun = time.monotonic()
         batch_size = min(job.train.batch_size, inputs.num_samples)
         steps_per_epoch = inputs.num_samples // batch_size
         window = SHARDS_PER_WINDOW * samples_per_shard(job.data.batch_size)
@@ -226,6 +227,8 @@ def train_section(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         restarts=saver.restarts,
+        read_seconds=read - started,
+        start_seconds=begun - read,
         kept_start=kept is not module,
     )
     remove_checkpoints(context, task.index)
@@ -250,6 +253,8 @@ def commit_section(
     seconds: float,
     cpu_seconds: float,
     restarts: int,
+    read_seconds: float = 0.0,
+    start_seconds: float = 0.0,
     kept_start: bool = False,
 ) -> SectionResult:
     """Write a trained section's weights into an attempt of its own and, last, the result that names it.
@@ -278,6 +283,8 @@ def commit_section(
         device=str(choose_device(context.device)),
         restarts=restarts,
         loss_curve=result.loss_curve,
+        read_seconds=read_seconds,
+        start_seconds=start_seconds,
         kept_start=kept_start,
     )
     refuse_stale(context)

@@ -65,6 +65,10 @@ class SectionReport:
     num_bytes_packed: int
     input_wait_seconds: float = 0.0
     """Of its training: spent on getting batches."""
+    read_seconds: float = 0.0
+    """Spent on opening its boundaries, and on reading those that fit into memory."""
+    start_seconds: float = 0.0
+    """Spent on its start, fitted or not."""
     kept_start: bool = False
     """Whether it is as it began, since its training made it worse."""
 

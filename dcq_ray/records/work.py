@@ -63,6 +63,10 @@ class SectionResult:
     device: str
     restarts: int
     loss_curve: tuple[LossPoint, ...]
+    read_seconds: float = 0.0
+    """Until its boundaries were open, and in memory where they fit."""
+    start_seconds: float = 0.0
+    """Until its weights were where training begins."""
     kept_start: bool = False
     """Whether the weights are those before the training, which made them worse."""
 

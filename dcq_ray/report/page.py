@@ -139,6 +139,8 @@ def _sections(report: RunReport) -> str:
         "drifted",
         "top-1 alone" if labelled else "agreement alone",
         "seconds",
+        "reading",
+        "starting",
         "waiting",
         "device",
         "restarts",
@@ -156,7 +158,10 @@ def _sections(report: RunReport) -> str:
             number(errors.get(section.index)),
             percent(section.top1_alone if labelled else section.agreement_alone),
             f"{section.seconds:.1f}",
-            percent(section.input_wait_seconds / section.seconds if section.seconds > 0 else None),
+            *(
+                percent(part / section.seconds if section.seconds > 0 else None)
+                for part in (section.read_seconds, section.start_seconds, section.input_wait_seconds)
+            ),
             section.device,
             str(section.restarts),
         )
@@ -164,7 +169,8 @@ def _sections(report: RunReport) -> str:
     ]
     caption = (
         "Each section: alone, the teacher with only this section replaced, on held-out images; error, relative, on the teacher's "
-        "inputs; drifted, on the student's own; waiting, the share of its seconds spent on getting batches"
+        "inputs; drifted, on the student's own; of its seconds, the shares spent on reading boundaries, on its start, and on "
+        "waiting for batches; the rest is computing"
     )
     worst = max(report.sections, key=lambda section: section.relative_error or 0.0)
     return "\n".join(
