@@ -190,7 +190,7 @@ def test_workers_that_die_in_the_dump_the_measuring_the_stitching_and_the_polish
     deadly_document["storage"]["checkpoint_seconds"] = 1e-9
     deadly_document["reduce"] = {"polish_epochs": 3}
     wanted = undisturbed_student(deadly_document, tmp_path)
-    names = ("Stitcher", "_measure", "_untrained", "dcq:small:dump")
+    names = ("Stitcher", "dcq:small:measure", "dcq:small:untrained", "dcq:small:dump")
     for name in names:
         (tmp_path / f"kill-{name}-plain-once").touch()
     (tmp_path / "kill-Stitcher-saved-once").touch()

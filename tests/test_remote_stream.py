@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 
 from dcq_ray.jobfile import resolve_job
@@ -56,9 +58,12 @@ def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
     undisturbed = run_local(job("local"), str(tmp_path), emit=lambda _: None, owner="test")
     killed: list[int] = []
     lines: list[Progress] = []
+    names: set[str] = set()
 
     def watch(progress: Progress) -> None:
         lines.append(progress)
+        if progress.phase == "train" and progress.state == "running":
+            names.update(ray.util.list_named_actors())
         if progress.phase == "train" and progress.state == "running" and progress.index == 1 and not killed:
             killed.extend(ray_workers("StreamWorker")[:1])
             for pid in killed:
@@ -71,6 +76,11 @@ def test_a_worker_that_dies_is_replaced_and_the_student_is_the_undisturbed_one(
     assert [line.index for line in lines if line.detail == "a worker died; starting again"] == [0, 1, 2]
     assert report.student == undisturbed.student
     assert {section.restarts for section in report.sections} == {1}
+    # Ray's dashboard shows them by name; how many there are is a matter of this machine's cores.
+    streams = {name for name in names if ":sections-" in name}
+    assert {name.rpartition("-")[2] for name in streams} == {"1", "2"}
+    assert all(re.fullmatch(r"dcq:small:sections-0\d-to-0\d:try-[12]", name) for name in streams)
+    assert names - streams == {"dcq:small:reducer:try-1"}
 
 
 def test_what_is_fed_out_of_order_is_had_in_order() -> None:

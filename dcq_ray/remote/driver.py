@@ -36,7 +36,7 @@ from dcq_ray.remote.metrics import counted, metered
 from dcq_ray.remote.nodes import check_shared
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
-from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, unwrapped
+from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, shown_name, unwrapped
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
 
@@ -127,7 +127,7 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
     num_yielded, num_seen = [0] * num_tasks, [0] * num_tasks
 
     def begin(part: int) -> Any:
-        name = f"dcq:{context.job.name}:dump-{part + 1}-of-{num_tasks}"
+        name = shown_name(context, f"dump-{part + 1}-of-{num_tasks}")
         task = dump_task.options(num_returns="streaming", name=name, **share.options)
         return task.remote(context_ref, parts[part], tuple(missing))
 
@@ -154,9 +154,10 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
                 yield dumped
 
 
-def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult]) -> Any:
+def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult], num_restarts: int = 0) -> Any:
     """A reducer that begins to measure these results."""
-    reducer = ReducerActor.options(num_cpus=0, max_concurrency=3).remote(session.context, share)
+    name = shown_name(session.context, f"reducer:try-{num_restarts + 1}")
+    reducer = ReducerActor.options(name=name, num_cpus=0, max_concurrency=3).remote(session.context, share)
     for result in results:
         reducer.take.remote(result)
     return reducer
@@ -176,7 +177,7 @@ def _reduced(
                     f"the reducer died {attempts.num_restarts + 1} times; the last time: {error}"
                 ) from error
             session.emit(Progress(phase="reduce", state="waiting", detail="the reducer died; starting another"))
-            reducer = _reducer(session, share, results)
+            reducer = _reducer(session, share, results, attempts.num_restarts)
 
 
 def _found(

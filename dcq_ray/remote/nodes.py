@@ -63,6 +63,7 @@ def ask_nodes(
     waiting = {
         ray.remote(question)
         .options(
+            name=f"dcq:ask-node:{question.__name__}",
             num_cpus=0,
             max_retries=0,
             scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False),

@@ -27,7 +27,7 @@ from dcq_ray.phases import (
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.workers import SectionActor
+from dcq_ray.remote.workers import SectionActor, shown_name
 
 POLL_SECONDS = 0.5
 # Before a worker takes the place of one that died: what kills at once kills the next one, too.
@@ -74,8 +74,7 @@ def train_alone(
             for task in ready[: share.places - len(running)]:
                 queue.remove(task)
                 num_restarts = attempts[task.index].num_restarts
-                # Ray's dashboard shows it. The name of one that died may still be taken when the next one starts.
-                name = f"dcq:{session.context.job.name}:section-{task.index:02d}:try-{num_restarts + 1}"
+                name = shown_name(session.context, f"section-{task.index:02d}:try-{num_restarts + 1}")
                 worker = SectionActor.options(name=name, max_concurrency=3, **share.options).remote(context_ref)
                 at_once = min(share.places, len(session.tasks))
                 running[worker.train.remote(task, at_once, num_restarts)] = (worker, task)

@@ -37,7 +37,8 @@ from dcq_ray.phases import (
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.workers import unwrapped
+from dcq_ray.remote.gpu_memory import cap_gpu_memory
+from dcq_ray.remote.workers import shown_name, unwrapped
 
 # So many ticks a section may be ahead of its successor.
 MAX_TICKS_AHEAD = 4
@@ -66,6 +67,7 @@ class StreamWorker:
     ) -> None:
         """Train the tasks, of those of the stream, to the end; what they gave is had from `news` as it is committed."""
         context = self._context
+        cap_gpu_memory()
         importable_from(context.job_folder)
         device = choose_device(context.device)
         needs_labels = any(section_objective(context, task.index).labels for task in tasks)
@@ -162,14 +164,17 @@ def _train_once(
         return []
     context_ref = ray.put(session.context)
     failures: list[SectionFailure] = []
-    actor = StreamActor.options(max_concurrency=2 * MAX_TICKS_AHEAD + 2, **share.options)
+    names = [
+        shown_name(session.context, f"sections-{group[0].index:02d}-to-{group[-1].index:02d}:try-{restarts + 1}")
+        for group in groups
+    ]
     stream = session.pending
 
     def saved() -> int:
         return saved_tick(session.context, stream)
 
     # The first worker has all save.
-    with _workers(actor, context_ref, len(groups)) as workers, saved_when_interrupted(lambda: workers[:1], saved):
+    with _workers(share, context_ref, names) as workers, saved_when_interrupted(lambda: workers[:1], saved):
         running = {
             worker.train.remote(group, stream, follower, len(groups), restarts, start_tick): worker
             for worker, group, follower in zip(workers, groups, [*workers[1:], None], strict=True)
@@ -210,8 +215,9 @@ def _groups(session: RunSession, places: int) -> list[tuple[SectionTask, ...]]:
 
 
 @contextlib.contextmanager
-def _workers(actor: Any, context_ref: Any, count: int) -> Iterator[list[Any]]:
-    workers = [actor.remote(context_ref) for _ in range(count)]
+def _workers(share: Share, context_ref: Any, names: Sequence[str]) -> Iterator[list[Any]]:
+    options = {"max_concurrency": 2 * MAX_TICKS_AHEAD + 2, **share.options}
+    workers = [StreamActor.options(name=name, **options).remote(context_ref) for name in names]
     try:
         yield workers
     finally:

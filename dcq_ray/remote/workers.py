@@ -44,6 +44,7 @@ from dcq_ray.records import (
 )
 from dcq_ray.remote.attempts import Attempts
 from dcq_ray.remote.cluster import Share
+from dcq_ray.remote.gpu_memory import cap_gpu_memory
 
 ANSWER_SECONDS = 0.5
 
@@ -53,12 +54,21 @@ _opened: dict[bytes, tuple[Network, Splits]] = {}
 
 
 def _open(context: RunContext) -> tuple[Network, Splits]:
+    cap_gpu_memory()
     key = to_json(context)
     if key not in _opened:
         _opened.clear()
         torch.set_num_threads(context.job.train.num_threads)
         _opened[key] = (open_network(context), open_splits(context))
     return _opened[key]
+
+
+def shown_name(context: RunContext, work: str) -> str:
+    """What Ray's dashboard shows of a task or an actor: the run, and what it does.
+
+    Of actors names are unique, and that of one that died may still be taken when the next one starts: they say which try it is.
+    """
+    return f"dcq:{context.job.name}:{work}"
 
 
 def _cuda_works() -> bool:
@@ -106,6 +116,7 @@ class SectionWorker(Worker):
     def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
         """The result of the task, or why it failed where it would fail again; what may pass is raised."""
         context = self._context
+        cap_gpu_memory()
         importable_from(context.job_folder)
         try:
             needs_labels = section_objective(context, task.index).labels
@@ -143,18 +154,20 @@ class Reducer:
 
     def __init__(self, context: RunContext, share: Share) -> None:
         self._context, self._share = context, share
-        self._measure = _measure_task.options(**share.options)
-        self._scores = _untrained_task.options(**share.options)
         self._measurements: dict[int, Any] = {}
         self._stitcher: Any = None
 
     def take(self, result: SectionResult) -> None:
         """Start to measure a finished section; one that was trained again takes the place of its first result."""
-        self._measurements[result.index] = self._measure.remote(self._context, result)
+        name = shown_name(self._context, f"measure-section-{result.index:02d}")
+        self._measurements[result.index] = _measure_task.options(name=name, **self._share.options).remote(
+            self._context, result
+        )
 
     def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
-        untrained = self._scores.remote(self._context)
+        task = _untrained_task.options(name=shown_name(self._context, "untrained"), **self._share.options)
+        untrained = task.remote(self._context)
         finished = self._finished(results)
         return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), finished
 
@@ -181,7 +194,9 @@ class Reducer:
         """What a stitcher found; one that dies is replaced by another, which goes on where a polish was saved."""
         attempts = Attempts(polish_reached(self._context))
         while True:
-            self._stitcher = StitchActor.options(max_concurrency=3, **self._share.options).remote(self._context)
+            name = shown_name(self._context, f"stitcher:try-{attempts.num_restarts + 1}")
+            actor = StitchActor.options(name=name, max_concurrency=3, **self._share.options)
+            self._stitcher = actor.remote(self._context)
             try:
                 found: Finished = ray.get(self._stitcher.finish.remote(results))
                 return found
