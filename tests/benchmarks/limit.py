@@ -167,12 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
                 flush=True,
             )
-        small = [run(options.job, SMALL, address).seconds for _ in range(2)]
+        small = [] if options.no_cold else [run(options.job, SMALL, address).seconds for _ in range(2)]
     finally:
         ray.shutdown()
-    cold_start = (
-        None if options.no_cold else min(run(options.job, SMALL, "local").seconds for _ in range(2)) - min(small)
-    )
+    cold = [run(options.job, SMALL, "local").seconds for _ in small]
+    cold_start = min(cold) - min(small) if small else None
     if len({found.sha256 for found in warm}) > 1:
         raise RuntimeError("the runs gave different students")
     pieces = min(bares, key=lambda found: bound(found, options.workers))
