@@ -74,6 +74,5 @@ def test_two_files_are_compared_figure_by_figure(tmp_path: Path, capsys: pytest.
     assert compare({}, {}).count("\n") == 1
 
 
-@pytest.mark.skipif(not harness.RESULTS_FILE.exists(), reason="a checkout without measurements")
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
     assert harness.PAGE_FILE.read_text() == page(read(harness.RESULTS_FILE))
