@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from test_jobs_recipes import recipe, small_jobs, told
 
 from dcq_ray.cli.submit import use_token
 from dcq_ray.errors import ClusterError, UsageError
@@ -78,6 +79,16 @@ def dcq(environment: dict[str, str], *arguments: str, cwd: Path) -> subprocess.C
     )
 
 
+def shown_names(environment: dict[str, str], kind: str) -> set[str]:
+    """The names of tasks or actors that the cluster's dashboard shows."""
+    command = [str(Path(sys.executable).parent / "ray"), "list", kind, "--address", environment["CLUSTER"]]
+    done = subprocess.run(
+        [*command, "--format", "json", "--limit", "1000"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return {found["name"] for found in json.loads(done.stdout)}
+
+
 def student_of(run: Path) -> str:
     digest: str = json.loads((run / "report.json").read_bytes())["student"]["sha256"]
     return digest
@@ -111,12 +122,23 @@ def test_submitted_runs_give_the_local_student_and_their_exit_codes(
     assert "section 1 done" in done.stdout
     assert student_of(elsewhere / "runs" / "one") == student_of(tmp_path / "local")
 
+    # Ray's dashboard shows by name what did it.
+    shown = shown_names(cluster, "tasks") | shown_names(cluster, "actors")
+    wanted = {"reducer:try-1", "stitcher:try-1", "untrained"}
+    wanted |= {
+        f"{work}{index}{ending}"
+        for index in range(2)
+        for work, ending in (("measure-section-0", ""), ("section-0", ":try-1"))
+    }
+    assert {f"dcq:small:{name}" for name in wanted} <= shown
+    assert any(re.fullmatch(r"dcq:small:dump-\d+-of-\d+", name) for name in shown)
+
     # Through Ray's own command.
     ray = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--"]
     run = ["python", "-m", "dcq_ray", "run", "job.yaml", "--run-dir", str(tmp_path / "rayjob")]
     run += ["--set", f"storage.cache_dir={tmp_path / 'cache'}"]
-    told = subprocess.run([*ray, *run], env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_SECONDS)
-    assert told.returncode == 0, told.stdout + told.stderr
+    done = subprocess.run([*ray, *run], env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_SECONDS)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert student_of(tmp_path / "rayjob") == student_of(tmp_path / "local")
 
     # The finished run, below its gate; by the GCS's address, left and taken up again.
@@ -129,6 +151,16 @@ def test_submitted_runs_give_the_local_student_and_their_exit_codes(
     assert again.returncode == 3
     assert attached.stdout.endswith(again.stdout)
     assert again.stdout.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_readmes_recipe_for_a_cluster(cluster: dict[str, str], tmp_path: Path) -> None:
+    commands = recipe("on a cluster")
+    small_jobs(tmp_path)
+    shown = told(commands.replace("http://HOST:8265", cluster["CLUSTER"]), tmp_path, **cluster)
+    assert "section 1 done" in shown
+    assert shown.count("stitched student") == 2
 
 
 @pytest.mark.slow
