@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -108,6 +109,12 @@ def test_wrong_arguments_are_told_before_anything_is_trained(job_file: Path, tmp
         search(job_file, "--budget", "10kB", "--max-drop", "1")
     with pytest.raises(UsageError, match="a section depends on those before it"):
         search(job_file, "--budget", "10kB", "--set", "train.inputs=student")
+    with pytest.raises(UsageError, match="one of the options: dorefa:1, dorefa:2, dorefa:4"):
+        search(job_file, "--budget", "many")
+    with pytest.raises(UsageError, match="one of the options: dorefa:1, dorefa:2, dorefa:4"):
+        search(job_file, "--budget", "dorefa:3")
+    with pytest.raises(click.BadParameter, match="not in the range x>=0"):
+        search(job_file, "--max-drop", "-1")
     assert not (tmp_path / "run").exists()
 
 

@@ -38,7 +38,10 @@ PLOT_FILE = "search.svg"
     "--budget", metavar="BYTES", help="Of the packed student: 60000, 60kB, 1.5MiB, or as an option: `dorefa:2`."
 )
 @click.option(
-    "--max-drop", type=float, metavar="PTS", help="Instead: the smallest that loses no more, on held-out images."
+    "--max-drop",
+    type=click.FloatRange(min=0),
+    metavar="PTS",
+    help="Instead: the smallest that loses no more, on held-out images.",
 )
 @click.option(
     "--options",
@@ -83,6 +86,9 @@ def search(
     run_store = open_store(job.storage.run_dir)
     shelf = run_store.child("library") if library is None else open_store(library)
     wanted = list(dict.fromkeys(parse_option(text, job.quantize.weights.scheme) for text in option_text.split(",")))
+    if budget is not None:
+        # What is wrong with it is told before anything is trained; sizes are known after that.
+        parse_budget(budget, dict.fromkeys(wanted, 0), job.quantize.weights.scheme)
     jobs = {option: _member_job(job_path, overrides, option, shelf.child(option.name).uri) for option in wanted}
     with watching(job, log_format) as (emit, say), interruptible(job):
 
