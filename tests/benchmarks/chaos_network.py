@@ -16,6 +16,7 @@ from pathlib import Path
 
 # Addresses of documentation (RFC 5737): no real network has them.
 PREFIX = "198.51.100"
+OTHER_PREFIX = "203.0.113"
 BRIDGE = "dcq-chaos"
 BRIDGE_ADDRESS = f"{PREFIX}.1"
 _CLONE_NEWNET = 0x40000000
@@ -26,19 +27,21 @@ class Namespace:
     """A network namespace at the end of a cable to the bridge."""
 
     number: int
+    bridge: str = BRIDGE
+    prefix: str = PREFIX
 
     @property
     def name(self) -> str:
-        return f"dcq-chaos-{self.number}"
+        return f"{self.bridge}-{self.number}"
 
     @property
     def cable(self) -> str:
         """The bridge's end; at most 15 characters."""
-        return f"dcqchaos{self.number}"
+        return f"{self.bridge.replace('-', '')}{self.number}"
 
     @property
     def address(self) -> str:
-        return f"{PREFIX}.{10 + self.number}"
+        return f"{self.prefix}.{10 + self.number}"
 
     def plug(self, connected: bool) -> None:
         """Pull the cable, or plug it in."""
@@ -60,25 +63,27 @@ class Namespace:
 
 
 @contextlib.contextmanager
-def namespaces(count: int) -> Iterator[tuple[Namespace, ...]]:
-    """So many namespaces on one bridge, whose own end has `BRIDGE_ADDRESS`; all are removed in the end."""
-    made = tuple(Namespace(number=number) for number in range(count))
+def namespaces(count: int, *, bridge: str = BRIDGE, prefix: str = PREFIX) -> Iterator[tuple[Namespace, ...]]:
+    """So many namespaces on one bridge, whose own end has address 1 (`BRIDGE_ADDRESS`); all are removed in the end."""
+    made = tuple(Namespace(number=number, bridge=bridge, prefix=prefix) for number in range(count))
     try:
-        _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{BRIDGE_ADDRESS}/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("addr", "add", f"{prefix}.1/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
         for namespace in made:
             _ip("netns", "add", namespace.name)
             _ip("link", "add", namespace.cable, "type", "veth", "peer", "name", "eth0", "netns", namespace.name)
-            _ip("link", "set", namespace.cable, "master", BRIDGE, "up")
+            _ip("link", "set", namespace.cable, "master", bridge, "up")
             _ip("-n", namespace.name, "addr", "add", f"{namespace.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _ip("-n", namespace.name, "link", "set", device, "up")
+            # Programs find their own address by asking which one leads anywhere.
+            _ip("-n", namespace.name, "route", "add", "default", "via", f"{prefix}.1")
         yield made
     finally:
         for namespace in made:
             _ip("netns", "delete", namespace.name, check=False)
-        _ip("link", "delete", BRIDGE, check=False)
+        _ip("link", "delete", bridge, check=False)
 
 
 def _ip(*arguments: str, check: bool = True) -> None:
