@@ -254,7 +254,9 @@ class ResourcesSpec(SpecModel):
     """auto: the cluster's GPUs over the sections, at most one each, a unit fraction below that; 0: CPU."""
     cpus_per_section: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     memory_per_section: PositiveInt | Literal["auto"] = "auto"
-    """Bytes; auto: the boundaries that the section keeps in memory, and its own needs."""
+    """Bytes of activations that a section keeps in memory, also asked of Ray; auto: half of what is free, and nothing asked."""
+    accelerator: Text | None = None
+    """The only type of GPU to use, as Ray names it (`A100`, `H100`); null: any."""
     wait_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Ask a cluster's autoscaler for all sections' CPUs and GPUs, and wait so long for its nodes; 0: take those that are there.
     Give gpus_per_section in numbers where GPUs are to come: auto means those that are there."""

@@ -60,12 +60,16 @@ def test_a_cluster_with_fewer_places_than_sections_and_gpus_that_cuda_lacks(
 ) -> None:
     from ray.cluster_utils import Cluster
 
-    job_document["resources"] = {"gpus_per_section": 1}
+    memory = 2**28
+    job_document["resources"] = {"gpus_per_section": 1, "accelerator": "A100", "memory_per_section": memory}
     local = run_local(job_of(job_document), str(tmp_path), emit=ignore_progress, owner="test")
     # Ray schedules the GPUs that a node declares, there or not: placement is tested without one.
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0})
     try:
-        cluster.add_node(num_cpus=2, num_gpus=2)
+        cluster.add_node(num_cpus=2, num_gpus=2, memory=2 * memory, resources={"accelerator_type:A100": 1.0})
+        # Cards of another type, and of that type without the memory.
+        cluster.add_node(num_cpus=2, num_gpus=2, memory=2 * memory, resources={"accelerator_type:L4": 1.0})
+        cluster.add_node(num_cpus=2, num_gpus=2, memory=memory // 2, resources={"accelerator_type:A100": 1.0})
         said: list[str] = []
         address = cluster.address
         remote = run_remote(
@@ -111,6 +115,44 @@ def test_share_of_a_section(
 ) -> None:
     share = section_share(job_with(job_document, gpus), num_sections, nodes)
     assert (share.num_gpus, share.places) == (pytest.approx(expected[0]), expected[1])
+
+
+A100, L4 = ({"CPU": 8.0, "GPU": 2.0, "memory": 40e9, f"accelerator_type:{name}": 1.0} for name in ("A100", "L4"))
+CPUS = {"CPU": 8.0, "memory": 40e9}
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_gpus", "places", "options"),
+    [
+        # Of a mixed cluster only the cards of the type count, and two sections share each.
+        ({"accelerator": "A100"}, 0.5, 4, {"resources": {"accelerator_type:A100": 0.001}}),
+        ({"accelerator": "L4", "gpus_per_section": 1}, 1, 2, {"resources": {"accelerator_type:L4": 0.001}}),
+        ({"accelerator": "A100", "gpus_per_section": 0}, 0, 24, {}),
+        # Memory is used up as processors are.
+        ({"gpus_per_section": 0, "memory_per_section": 15_000_000_000}, 0, 6, {"memory": 15_000_000_000}),
+        ({"gpus_per_section": 1, "memory_per_section": 30_000_000_000}, 1, 2, {"memory": 30_000_000_000}),
+    ],
+)
+def test_types_of_gpus_and_memory_are_asked_for(
+    job_document: dict[str, Any],
+    resources: dict[str, Any],
+    num_gpus: float,
+    places: int,
+    options: dict[str, Any],
+) -> None:
+    job = resolve_job({**job_document, "resources": resources}, source="test")
+    share = section_share(job, 4, [A100, L4, CPUS])
+    assert (share.num_gpus, share.places) == (num_gpus, places)
+    assert share.options == {"num_cpus": 1.0, "num_gpus": num_gpus, **options}
+    # An autoscaler is asked for the same.
+    told = {"CPU": 1.0, **({"GPU": num_gpus} if num_gpus else {}), **options.get("resources", {})}
+    assert share.bundle == told | ({"memory": options["memory"]} if "memory" in options else {})
+
+
+def test_a_type_of_gpu_that_no_node_has_is_refused_and_told_with_what_there_is(job_document: dict[str, Any]) -> None:
+    job = resolve_job({**job_document, "resources": {"accelerator": "H100"}}, source="test")
+    with pytest.raises(ClusterError, match=r"1 GPUs of type H100, but .*8 CPUs and 2 GPUs \(A100\).*8 CPUs and 0 GPUs"):
+        section_share(job, 4, [A100, CPUS])
 
 
 def test_resources_that_no_node_has_are_refused(job_document: dict[str, Any]) -> None:

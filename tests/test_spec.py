@@ -155,6 +155,7 @@ ACCEPTED = [
     (ResourcesSpec, "gpus_per_section", ("auto", 0, 0.25, 1)),
     (ResourcesSpec, "cpus_per_section", (0.5, 2)),
     (ResourcesSpec, "memory_per_section", ("auto", 1)),
+    (ResourcesSpec, "accelerator", (None, "A100")),
     (SectionsSpec, "count", (None, 1)),
     (SectionsSpec, "every", (None, "block", "layer")),
     (SectionsSpec, "cuts", (None, ("a",))),

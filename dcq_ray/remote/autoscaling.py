@@ -14,7 +14,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from dcq_ray.errors import ClusterError
-from dcq_ray.remote.cluster import Share, gpus_of_section, node_resources, section_share
+from dcq_ray.remote.cluster import Share, node_resources, section_share, wanted_share
 from dcq_ray.spec import Job
 
 POLL_SECONDS = 1.0
@@ -46,8 +46,7 @@ def asked_for(
         if limit == 0:
             return section_share(job, num_sections, nodes())
         num_awaited = max(1, at_least)
-        bundle = {"CPU": job.resources.cpus_per_section, "GPU": gpus_of_section(job, num_sections, nodes())}
-        asked = {name: amount for name, amount in bundle.items() if amount}
+        asked = wanted_share(job, num_sections, nodes()).bundle
         request_resources(bundles=[dict(asked) for _ in range(num_sections)])
         told = f"{num_sections} x {' and '.join(f'{amount:g} {name}' for name, amount in asked.items())}"
         started = clock()

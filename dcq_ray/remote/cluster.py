@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,6 +18,11 @@ from dcq_ray.errors import ClusterError
 from dcq_ray.spec import Job
 
 PROBE_SECONDS = 2.0
+ACCELERATOR_PREFIX = "accelerator_type:"
+# Ray's own `accelerator_type=` asks for so much of the 1.0 that a node has, so that any number of workers fits.
+ACCELERATOR_AMOUNT = 0.001
+# What is used up; a type of GPU is only had or not.
+_COUNTED = ("CPU", "GPU", "memory")
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HTTP2_SETTINGS_TYPE = 4
 # A frame's header: length in three bytes, type, flags, stream in four.
@@ -31,10 +36,26 @@ class Share:
     num_cpus: float
     num_gpus: float
     places: int
+    memory_bytes: int = 0
+    """0: no memory is reserved."""
+    accelerator: str | None = None
+    """The only type of GPU that will do; None: any."""
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        """As Ray's `.options` takes it."""
+        asked: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.memory_bytes:
+            asked["memory"] = self.memory_bytes
+        if self.accelerator is not None:
+            asked["resources"] = {accelerator_resource(self.accelerator): ACCELERATOR_AMOUNT}
+        return asked
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """As an autoscaler is asked for it."""
+        named = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_bytes}
+        return {name: amount for name, amount in {**named, **self.options.get("resources", {})}.items() if amount}
 
 
 @contextlib.contextmanager
@@ -137,38 +158,61 @@ def answers(address: str, timeout_seconds: float) -> bool:
 
 
 def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> Share:
-    """What each section gets on nodes with these resources (`CPU`, `GPU`); raises ClusterError where none fits.
+    """What each section gets on nodes with these resources, as Ray names them; raises ClusterError where none fits.
 
     With `gpus_per_section: auto` the GPUs are dealt over the sections: one each at most, and below that a unit fraction, so
     that a whole number of sections shares a card.
     """
-    num_cpus = job.resources.cpus_per_section
-    num_gpus = gpus_of_section(job, num_sections, nodes)
-    places = 0
-    for node in nodes:
-        # The small number forgives sums such as 3 * (1 / 3).
-        fitting = int(node.get("CPU", 0.0) / num_cpus + 1e-6)
-        if num_gpus:
-            fitting = min(fitting, int(node.get("GPU", 0.0) / num_gpus + 1e-6))
-        places += fitting
+    share = wanted_share(job, num_sections, nodes)
+    amounts = share.bundle
+    # The small number forgives sums such as 3 * (1 / 3).
+    places = sum(
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in amounts.items() if name in _COUNTED)
+        for node in nodes
+        if all(name in node for name in amounts)
+    )
     if places == 0:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes) or "no node"
+        have = "; ".join(_told(node, memory=share.memory_bytes > 0) for node in nodes) or "no node"
         waiting = ", or let the run wait for an autoscaler's nodes by resources.wait_seconds"
+        needed = f" and {share.memory_bytes:,} bytes of memory" if share.memory_bytes else ""
         raise ClusterError(
-            f"resources: a section asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs, but no node of the cluster has them "
-            f"({have}); lower resources.cpus_per_section or resources.gpus_per_section"
-            f"{'' if job.resources.wait_seconds else waiting}"
+            f"resources: a section asks for {share.num_cpus:g} CPUs and {share.num_gpus:g} GPUs"
+            f"{f' of type {share.accelerator}' if share.accelerator else ''}{needed}, but no node of the cluster has them "
+            f"({have}); lower resources.cpus_per_section, resources.gpus_per_section or resources.memory_per_section, or "
+            f"name another resources.accelerator{'' if job.resources.wait_seconds else waiting}"
         )
-    return Share(num_cpus=num_cpus, num_gpus=num_gpus, places=places)
+    return replace(share, places=places)
 
 
-def gpus_of_section(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> float:
-    """The GPUs, or the part of one, that each of so many sections gets on these nodes."""
-    asked = job.resources.gpus_per_section
-    if asked != "auto":
-        return asked
-    total_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
-    return min(1.0, 1.0 / -(-num_sections // total_gpus)) if total_gpus else 0.0
+def wanted_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> Share:
+    """What each of so many sections asks for, whether there is a place for it or not."""
+    asked, accelerator = job.resources, job.resources.accelerator
+    if asked.gpus_per_section != "auto":
+        num_gpus = asked.gpus_per_section
+    else:
+        fitting = [node for node in nodes if accelerator is None or accelerator_resource(accelerator) in node]
+        total_gpus = int(sum(node.get("GPU", 0.0) for node in fitting))
+        # With a type in mind, and none of it there, a section is not to end on a CPU.
+        num_gpus = min(1.0, 1.0 / -(-num_sections // total_gpus)) if total_gpus else float(accelerator is not None)
+    return Share(
+        num_cpus=asked.cpus_per_section,
+        num_gpus=num_gpus,
+        places=0,
+        memory_bytes=0 if asked.memory_per_section == "auto" else asked.memory_per_section,
+        accelerator=accelerator if num_gpus else None,
+    )
+
+
+def accelerator_resource(accelerator: str) -> str:
+    """The resource by which Ray marks the nodes that have a type of GPU."""
+    return f"{ACCELERATOR_PREFIX}{accelerator}"
+
+
+def _told(node: Mapping[str, float], *, memory: bool) -> str:
+    types = [name.removeprefix(ACCELERATOR_PREFIX) for name in node if name.startswith(ACCELERATOR_PREFIX)]
+    free = f", {node.get('memory', 0):,.0f} bytes of memory" if memory else ""
+    named = f" ({', '.join(types)})" if types else ""
+    return f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs{named}{free}"
 
 
 def node_resources() -> list[dict[str, float]]:
