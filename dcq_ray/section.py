@@ -295,6 +295,11 @@ class _Recorder:
         self._unread.clear()
 
 
+def load_optimizers() -> None:
+    """Load what a process's first optimizer loads, torch's compiler: more than a second that is no training's."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+
+
 def _optimizer(parameters: list[nn.Parameter], settings: OptimizerSpec) -> torch.optim.Optimizer:
     # Decay is for what multiplies: biases, BatchNorm's parameters and quantizers' scales, all of fewer than two dimensions,
     # go without (He et al. 2018, arXiv 1812.01187, section 3.1).

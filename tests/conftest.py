@@ -20,6 +20,8 @@ from torch import Tensor, nn
 torch.set_num_threads(1)
 
 
+# Before xdist's own, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes run the tests (`pytest -n 2 --dist loadgroup`), one of them runs all that start a Ray."""
     for item in items:

@@ -49,7 +49,7 @@ def test_the_readmes_quantizers_are_a_part_of_a_job() -> None:
 def test_the_readme_opens_with_the_main_job_and_the_tests() -> None:
     blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks[0].strip().endswith("dcq-ray run jobs/quickstart.yaml")
-    assert blocks[1].strip().endswith(".venv/bin/pytest")
+    assert blocks[1].strip().endswith(".venv/bin/pytest -n 2 --dist loadgroup")
 
 
 def test_nothing_of_a_machine_is_in_the_repository() -> None:

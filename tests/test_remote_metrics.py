@@ -105,8 +105,9 @@ def test_rays_endpoint_shows_a_run_whose_student_is_the_same(
     )
     assert remote.student == local.student
     # While one section ends another is in training: Ray's dashboard shows them by name.
-    assert names
-    assert names <= {f"dcq:small:section-{index:02d}:try-1" for index in range(3)}
+    sections = {f"dcq:small:section-{index:02d}:try-1" for index in range(3)}
+    assert names & sections
+    assert names <= {"dcq:small:reducer:try-1", *sections}
     assert seen["by hand dumped"] == (4 + 6) * 2 * 12
     for section in remote.sections:
         index = section.index

@@ -16,6 +16,7 @@ from dcq_ray.phases import Network, RunSession, choose_device, open_network, par
 from dcq_ray.phases.polish import Judge, attempt_step, judge_of
 from dcq_ray.phases.reduce import adapt_batchnorm
 from dcq_ray.records import BaselineReport, Progress
+from dcq_ray.section import load_optimizers
 from dcq_ray.stitch import has_batchnorm
 
 # Around the job's own rate: half a decade down and up.
@@ -63,6 +64,7 @@ def train_rival(session: RunSession, method: str, budget: Budget) -> BaselineRep
     rates = tuple(factor * context.job.train.lr for factor in RATE_FACTORS)
     batch_size = min(context.job.train.batch_size, len(splits.train))
     num_steps = context.job.train.epochs * (len(splits.train) // batch_size)
+    load_optimizers()
     if budget_seconds is not None:
         num_steps = _affordable_steps(session, network, judge, method, rates[0], budget_seconds)
     best = _best_trial(session, network, judge, method, rates, num_steps)

@@ -69,7 +69,7 @@ def told_at_end(
 ) -> Iterator[Ending]:
     """Tell how the block ended, with what it filled in; what the block raises goes on.
 
-    As JSON, the line about the end is to be the last one and holds the error's sentence, so an error ends the process here.
+    As JSON, the line about the end is to be the last one, so an error is told and ends the process here.
     """
     started = time.monotonic()
     ending = Ending()
@@ -90,6 +90,8 @@ def told_at_end(
         if log_format == "json":
             if not isinstance(error, DcqError) or "--debug" in sys.argv:
                 traceback.print_exc()
+            if str(error):
+                click.echo(json.dumps({"message": str(error)}), err=True)
             tell(code, str(error))
             raise SystemExit(code) from error
         tell(code, str(error))

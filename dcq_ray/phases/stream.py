@@ -45,7 +45,7 @@ from dcq_ray.phases.train import (
     trained_section,
 )
 from dcq_ray.records import RunContext, SectionFailure, SectionResult, SectionTask
-from dcq_ray.section import Training
+from dcq_ray.section import Training, load_optimizers
 from dcq_ray.shards import sample_order, samples_per_shard
 
 # All sections see the same batches: their order is drawn as that of a section which no plan has.
@@ -96,6 +96,7 @@ def train_stream(
     """
     job = context.job
     torch.set_num_threads(job.train.num_threads)
+    load_optimizers()
     device = choose_device(context.device)
     clock = stream_clock(context)
     first, after = tasks[0].index, tasks[-1].index + 1

@@ -41,7 +41,7 @@ from dcq_ray.records import (
     seal_json,
     unseal_json,
 )
-from dcq_ray.section import TrainingResult, TrainingState, train_module
+from dcq_ray.section import TrainingResult, TrainingState, load_optimizers, train_module
 from dcq_ray.shards import sample_order, samples_per_shard
 from dcq_ray.spec import Job
 from dcq_ray.stitch import has_batchnorm, reestimate_batchnorm
@@ -145,6 +145,7 @@ def train_section(
         ShardError: a boundary's shards are missing or damaged; they are struck off, and the next run dumps them again.
         StaleRunError: another driver holds the run directory now.
     """
+    load_optimizers()
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     job = context.job
     torch.set_num_threads(job.train.num_threads)
