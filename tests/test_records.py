@@ -479,3 +479,22 @@ def test_a_flipped_byte_of_a_sealed_record_changes_nothing_or_is_a_value_error(d
     except ValueError:
         return
     assert found == MEASUREMENT
+
+
+@pytest.mark.parametrize(("number", "fits"), [(2**63 - 1, True), (-(2**63), True), (2**63, False), (-(10**30), False)])
+def test_a_sealed_integer_has_64_bits_at_most(number: int, fits: bool) -> None:
+    sealed = seal_json(dataclasses.replace(MEASUREMENT, index=number))
+    if fits:
+        assert unseal_json(SectionMeasurement, sealed).index == number
+    else:
+        with pytest.raises(ValueError, match="more than 64 bits"):
+            unseal_json(SectionMeasurement, sealed)
+
+
+def test_a_diagnosis_has_a_score_for_every_section_that_it_names() -> None:
+    whole = Diagnosis(num_samples=4, teacher_score=1.0, after=(0, 1), scores=(0.75, 0.5), layers=())
+    assert whole.losses == (0.25, 0.25)
+    content = to_json(whole).replace(b"0.75,", b"")
+    assert b"0.75" not in content
+    with pytest.raises(ValueError, match="1 scores after 2 sections"):
+        from_json(Diagnosis, content)

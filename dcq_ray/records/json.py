@@ -51,7 +51,7 @@ def seal_json(record: Any) -> bytes:
 def unseal_json(kind: type[R], content: bytes) -> R:
     """The record of that kind in sealed JSON bytes; raises ValueError where they do not fit or differ from their digest."""
     try:
-        fields = json.loads(content)
+        fields = json.loads(content, parse_int=_int64)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(fields, dict) or fields.pop(SEAL, None) != content_sha256(fields):
@@ -59,6 +59,14 @@ def unseal_json(kind: type[R], content: bytes) -> R:
     value = fields["content"] if list(fields) == ["content"] else fields
     # Through JSON again: only there a list stands for a tuple.
     return from_json(kind, json.dumps(value).encode())
+
+
+def _int64(digits: str) -> int:
+    """No record of ours holds a larger one, and numpy, by which plots are drawn, makes objects of them."""
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("it has an integer of more than 64 bits")
+    return number
 
 
 def content_sha256(fields: Any) -> str:

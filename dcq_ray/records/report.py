@@ -113,6 +113,10 @@ class Diagnosis:
     """With all sections up to each of `after` the student's, and the teacher's behind them."""
     layers: tuple[LayerDiagnosis, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.after) != len(self.scores):
+            raise ValueError(f"{len(self.scores)} scores after {len(self.after)} sections")
+
     @property
     def losses(self) -> tuple[float, ...]:
         """What each step of the waterfall costs, as a fraction; negative where the score rises."""
