@@ -194,6 +194,23 @@ def fragile(images):
 '''
 
 
+@pytest.fixture(scope="session")
+def lenet_document() -> Callable[..., dict[str, Any]]:
+    """Makes a job of an untrained LeNet on images that need no download: 2 sections, batches of 32, and what is given beside."""
+
+    def made(*, data: dict[str, Any], train: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        return {
+            "name": "small",
+            "teacher": {"model": "dcq_ray:lenet", "args": {"image_size": 16, "final_relu": False}, "min_top1": 0},
+            "data": {"dataset": "digits", "image_size": [16, 16], "batch_size": 32, **data},
+            "sections": {"count": 2},
+            "train": {"batch_size": 32, **(train or {})},
+            **more,
+        }
+
+    return made
+
+
 @pytest.fixture
 def job_document(tmp_path: Path) -> dict[str, Any]:
     """A small job on real digits with a user's own network, quick enough for every test; its folder is `tmp_path`."""

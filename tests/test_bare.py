@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from benchmarks import bare
@@ -12,24 +15,15 @@ from dcq_ray.quantizers.policy import layer_weight
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Bare:
+def opened(tmp_path_factory: pytest.TempPathFactory, lenet_document: Callable[..., dict[str, Any]]) -> Bare:
     folder = tmp_path_factory.mktemp("bare")
-    document = {
-        "name": "small",
-        "teacher": {"model": "dcq_ray:lenet", "args": {"image_size": 16, "final_relu": False}, "min_top1": 0},
-        "data": {
-            "dataset": "digits",
-            "image_size": [16, 16],
-            "train_samples": 130,
-            "held_out_samples": 40,
-            "test_samples": 40,
-            "batch_size": 32,
-        },
-        "sections": {"count": 3},
-        "quantize": {"first_last_bits": None},
-        "train": {"epochs": 2, "batch_size": 20, "start_samples": 64},
-        "storage": {"run_dir": str(folder / "run"), "cache_dir": str(folder / "cache")},
-    }
+    document = lenet_document(
+        data={"train_samples": 130, "held_out_samples": 40, "test_samples": 40},
+        train={"epochs": 2, "batch_size": 20, "start_samples": 64},
+        sections={"count": 3},
+        quantize={"first_last_bits": None},
+        storage={"run_dir": str(folder / "run"), "cache_dir": str(folder / "cache")},
+    )
     return bare.opened(resolve_job(document, source="a test"), str(folder))
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from benchmarks import dump_speed
 
 
-def test_every_part_measures_a_small_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_part_measures_a_small_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lenet_document: Callable[..., dict[str, Any]]
+) -> None:
     path = tmp_path / "small.yaml"
-    document = {
-        "name": "small",
-        "teacher": {"model": "dcq_ray:lenet", "args": {"image_size": 16, "final_relu": False}, "min_top1": 0},
-        "data": {"dataset": "digits", "image_size": [16, 16], "train_samples": 64, "batch_size": 32},
-        "sections": {"count": 2},
-        "train": {"batch_size": 32},
-    }
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(yaml.safe_dump(lenet_document(data={"train_samples": 64})))
     # 1 where a bar is missed, as on an image this small it may be.
     assert dump_speed.main([str(path), "--repeats", "1", "--no-keep"]) in (0, 1)
     printed = capsys.readouterr().out

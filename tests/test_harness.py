@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import harness
-from benchmarks.harness import Figure, Result, compare, keep, page, read, told
+from benchmarks.harness import Begun, Figure, Result, compare, keep, page, read, told
 
 AT = datetime.datetime(2026, 11, 26, 12, 0, tzinfo=datetime.UTC)
 FIGURES = (
@@ -19,7 +19,8 @@ FIGURES = (
 
 
 def _result(name: str, figures: tuple[Figure, ...] = FIGURES) -> Result:
-    return harness.result(name, f"What {name} measures.", f"python {name}.py", figures, load=1.26, at=AT)
+    begun = Begun(command=f"python {name}.py", load=1.26, at=AT)
+    return harness.result(begun, name, f"What {name} measures.", figures)
 
 
 def test_a_result_says_where_and_when_it_was_measured() -> None:
@@ -51,6 +52,19 @@ def test_the_page_shows_bars_and_whether_they_are_met() -> None:
     assert "| wall | 12.3 s | ≤ 15 | met |" in lines
     assert "| images | 1,234 images/s | ≥ 2000 | missed |" in lines
     assert "| share | 0.50 |  |  |" in lines
+
+
+def test_a_script_says_how_it_was_run_and_ends_with_1_where_a_bar_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: list[Result] = []
+    monkeypatch.setattr(harness, "keep", kept.append)
+    begun = harness.begin("/some/where/one.py", ["--set", "a.b=c d"])
+    assert begun.command == "python tests/benchmarks/one.py --set 'a.b=c d'"
+    assert harness.conclude(begun, "one", "What.", (FIGURES[0], FIGURES[2]), kept=True) == 0
+    assert harness.conclude(begun, "one", "What.", FIGURES, kept=False) == 1
+    assert [found.figures for found in kept] == [(FIGURES[0], FIGURES[2])]
+    assert capsys.readouterr().out.count("## one") == 2
 
 
 @pytest.mark.parametrize(

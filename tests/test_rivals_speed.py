@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,24 @@ from benchmarks.rivals_speed import AUTHOR, OURS, SEQUENTIAL, Reached, accuracy_
 from dcq_ray.jobfile import load_job
 
 
-def _job_file(tmp_path: Path, **train: Any) -> str:
-    path = tmp_path / "small.yaml"
-    document = {
-        "name": "small",
-        "teacher": {"model": "dcq_ray:lenet", "args": {"image_size": 16, "final_relu": False}, "min_top1": 0},
-        "data": {
-            "dataset": "digits",
-            "image_size": [16, 16],
-            "train_samples": 120,
-            "held_out_samples": 40,
-            "test_samples": 40,
-            "batch_size": 40,
-        },
-        "sections": {"count": 2},
-        "quantize": {"first_last_bits": None},
-        "train": {"epochs": 2, "batch_size": 20, **train},
-        "storage": {"cache_dir": str(tmp_path / "cache")},
-    }
-    path.write_text(yaml.safe_dump(document))
-    return str(path)
+@pytest.fixture
+def job_file(tmp_path: Path, lenet_document: Callable[..., dict[str, Any]]) -> Callable[..., str]:
+    def written(**train: Any) -> str:
+        path = tmp_path / "small.yaml"
+        document = lenet_document(
+            data={"train_samples": 120, "held_out_samples": 40, "test_samples": 40, "batch_size": 40},
+            train={"epochs": 2, "batch_size": 20, **train},
+            quantize={"first_last_bits": None},
+            storage={"cache_dir": str(tmp_path / "cache")},
+        )
+        path.write_text(yaml.safe_dump(document))
+        return str(path)
+
+    return written
 
 
-def test_whole_networks_train_a_section_as_cached_activations_do(tmp_path: Path) -> None:
-    opened = bare.opened(load_job(_job_file(tmp_path), environment={}), str(tmp_path))
+def test_whole_networks_train_a_section_as_cached_activations_do(tmp_path: Path, job_file: Callable[..., str]) -> None:
+    opened = bare.opened(load_job(job_file(), environment={}), str(tmp_path))
     images = bare.all_images(opened.splits.train)
     inputs, targets = bare.boundaries(opened, images)[:2]
     cached = bare.started(opened, 0, inputs, fitted=False)
@@ -48,8 +43,8 @@ def test_whole_networks_train_a_section_as_cached_activations_do(tmp_path: Path)
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_three_ways_to_the_same_steps_are_timed(tmp_path: Path) -> None:
-    seconds = rivals_speed.steps(_job_file(tmp_path, epochs=1), ())
+def test_three_ways_to_the_same_steps_are_timed(job_file: Callable[..., str]) -> None:
+    seconds = rivals_speed.steps(job_file(epochs=1), ())
     assert set(seconds) == {OURS, AUTHOR, SEQUENTIAL}
     assert min(seconds.values()) > 0
 
@@ -76,11 +71,13 @@ def test_a_run_as_good_as_dorefa_in_a_third_of_its_seconds_meets_both_bars() -> 
         assert [figure.met for figure in found if figure.bar is not None] == expected
 
 
-def test_a_run_and_dorefa_are_scored_on_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_and_dorefa_are_scored_on_test_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job_file: Callable[..., str]
+) -> None:
     monkeypatch.setattr(rivals_speed, "DOREFA_FACTORS", (1.0,))
-    job = load_job(_job_file(tmp_path), environment={})
+    job = load_job(job_file(), environment={})
     rival = rivals_speed.dorefa(job, str(tmp_path))
-    ours = rivals_speed.run_of(_job_file(tmp_path), (), 60)
+    ours = rivals_speed.run_of(job_file(), (), 60)
     assert rival.told == "120 images x 2, rate 0.001"
     assert ours.told == "60 images x 1"
     for found in (rival, ours):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,16 +19,11 @@ def test_parts_are_shares_of_the_step() -> None:
     assert found["section 0, with / without quantizers"] == pytest.approx(1.25)
 
 
-def test_every_section_of_a_small_job_is_profiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_section_of_a_small_job_is_profiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lenet_document: Callable[..., dict[str, Any]]
+) -> None:
     path = tmp_path / "small.yaml"
-    document = {
-        "name": "small",
-        "teacher": {"model": "dcq_ray:lenet", "args": {"image_size": 16, "final_relu": False}, "min_top1": 0},
-        "data": {"dataset": "digits", "image_size": [16, 16]},
-        "sections": {"count": 2},
-        "train": {"batch_size": 32},
-    }
-    path.write_text(yaml.safe_dump(document))
+    path.write_text(yaml.safe_dump(lenet_document(data={})))
     assert step_profile.main([str(path), "--steps", "2", "--no-keep", "--set", "data.train_samples=64"]) == 0
     printed = capsys.readouterr().out
     for index in range(2):

@@ -10,8 +10,6 @@ which the waiting for input is told. Results go to results.json; exits with 1 wh
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
 import statistics
 import sys
@@ -140,13 +138,10 @@ def figures(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, keep; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default=str(DEFAULT_JOB))
+    parser = harness.arguments_parser(__doc__, job=DEFAULT_JOB)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-keep", action="store_true", help="print only")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c")
     options = parser.parse_args(arguments)
-    at, load = datetime.datetime.now(datetime.UTC), harness.load()
+    begun = harness.begin(__file__, arguments)
     settings = ["data.held_out_samples=256", "data.test_samples=256", "train.epochs=1", *options.settings]
     with tempfile.TemporaryDirectory() as place, opened(options.job, settings, Path(place)) as session:
         dump = dump_ratio(session, options.repeats)
@@ -155,18 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         waited = waits(session, 0)
         size = f"{len(session.prepared.splits.train):,} images"
     table = figures(dump, read, waited)
-    found = harness.result(
+    return harness.conclude(
+        begun,
         "dump",
         f"Activations of {Path(options.job).name} ({size}) written and read; one thread.",
-        harness.command(__file__, arguments),
         table,
-        load=load,
-        at=at,
+        kept=not options.no_keep,
     )
-    print(harness.section(found))
-    if not options.no_keep:
-        harness.keep(found)
-    return 0 if all(figure.met is not False for figure in table) else 1
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.harness                    # writes tests/benchmarks/RESULTS.md from results.json
     python -m tests.benchmarks.harness compare A.json B.json
 
-A benchmark calls `keep` with its figures, each with its unit and, where it has one, its bar. A result says on which machine, with
-which versions, at which commit and under what load it was measured, so that it is not taken for another's.
+A benchmark calls `begin`, measures, and calls `conclude` with its figures, each with its unit and, where it has one, its bar. A
+result says on which machine, with which versions, at which commit and under what load it was measured, so that it is not taken
+for another's.
 """
 
 from __future__ import annotations
@@ -65,9 +66,45 @@ class Result:
     """Processes that ran or waited to run, the mean of the minute before the measurement began."""
 
 
-def result(
-    benchmark: str, title: str, command: str, figures: Sequence[Figure], *, load: float, at: datetime.datetime
-) -> Result:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """How, when and under what load a script began to measure."""
+
+    command: str
+    at: datetime.datetime
+    load: float
+
+
+def arguments_parser(description: str | None, *, job: Path | None = None) -> argparse.ArgumentParser:
+    """What all scripts take: whether to keep what they find, and where they measure a job, which, and its keys."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-keep", action="store_true", help="print only")
+    if job is not None:
+        parser.add_argument("job", nargs="?", default=str(job))
+        parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c")
+    return parser
+
+
+def begin(script: str, arguments: Sequence[str] | None) -> Begun:
+    """Note what a result is to say of its beginning; `arguments` None: those of this process."""
+    own = sys.argv[1:] if arguments is None else arguments
+    return Begun(
+        command=shlex.join(["python", f"tests/benchmarks/{Path(script).name}", *own]),
+        at=datetime.datetime.now(datetime.UTC),
+        load=os.getloadavg()[0],
+    )
+
+
+def conclude(begun: Begun, benchmark: str, title: str, figures: Sequence[Figure], *, kept: bool) -> int:
+    """Print what was measured, keep it where it is to be kept, and give the exit code: 1 where a bar is missed."""
+    found = result(begun, benchmark, title, figures)
+    print(section(found), flush=True)
+    if kept:
+        keep(found)
+    return int(any(figure.met is False for figure in figures))
+
+
+def result(begun: Begun, benchmark: str, title: str, figures: Sequence[Figure]) -> Result:
     """The figures of a benchmark with where and when they were measured; raises ValueError where a name comes twice."""
     names = [figure.name for figure in figures]
     if len(set(names)) != len(names):
@@ -75,13 +112,13 @@ def result(
     return Result(
         benchmark=benchmark,
         title=title,
-        command=command,
+        command=begun.command,
         figures=tuple(figures),
         machine=machine(),
         versions=library_versions(),
         commit=commit(),
-        measured_on=at.date().isoformat(),
-        load=round(load, 1),
+        measured_on=begun.at.date().isoformat(),
+        load=round(begun.load, 1),
     )
 
 
@@ -158,13 +195,6 @@ def told(figure: Figure) -> str:
     return digits if figure.unit == "ratio" else f"{digits} {figure.unit}"
 
 
-def command(script: str, arguments: Sequence[str] | None) -> str:
-    """The line that runs a benchmark with these arguments; None: those of this process."""
-    return shlex.join(
-        ["python", f"tests/benchmarks/{Path(script).name}", *(sys.argv[1:] if arguments is None else arguments)]
-    )
-
-
 def machine() -> str:
     """Cores that this process may use, architecture and processor."""
     names = [
@@ -189,11 +219,6 @@ def commit() -> str:
         ["git", "diff", "--quiet", "HEAD", "--", ":/dcq_ray"], capture_output=True, cwd=FOLDER, check=False
     )
     return done.stdout.strip() + ("+" if changed.returncode == 1 else "") if done.returncode == 0 else "unknown"
-
-
-def load() -> float:
-    """Processes that run or wait to run, the mean of the last minute."""
-    return os.getloadavg()[0]
 
 
 def _row(figure: Figure) -> str:

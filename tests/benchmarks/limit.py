@@ -12,7 +12,6 @@ take turns; of each the least counts. Results go to results.json; exits with 1 w
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -138,13 +137,10 @@ def _set(settings: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, keep; 1 where the bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default=str(DEFAULT_JOB))
+    parser = harness.arguments_parser(__doc__, job=DEFAULT_JOB)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--no-cold", action="store_true", help="leave out the start of a Ray")
-    parser.add_argument("--no-keep", action="store_true", help="print only")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c")
     parser.add_argument("--bare", metavar="CACHE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.bare:
@@ -152,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     import ray
 
-    at, load = datetime.datetime.now(datetime.UTC), harness.load()
+    begun = harness.begin(__file__, arguments)
     ray.init(address="local", num_cpus=options.workers, include_dashboard=False, logging_level="ERROR")
     try:
         address = ray.get_runtime_context().gcs_address
@@ -179,19 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, seconds in pieces.items():
         print(f"{name:12} {seconds:6.1f} processor s")
     table = figures(pieces, options.workers, best, cold_start)
-    found = harness.result(
+    return harness.conclude(
+        begun,
         "limit",
         f"`dcq-ray run` of {Path(options.job).name} on {options.workers} workers beside bare loops of the same work. "
         f"Student {best.sha256[:12]}.",
-        harness.command(__file__, arguments),
         table,
-        load=load,
-        at=at,
+        kept=not options.no_keep,
     )
-    print(harness.section(found))
-    if not options.no_keep:
-        harness.keep(found)
-    return 0 if all(figure.met is not False for figure in table) else 1
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ where a prediction is off by more than its bar.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import os
 import sys
 import tempfile
@@ -109,24 +107,18 @@ def figures(name: str, found: Compared) -> list[harness.Figure]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, keep; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments_parser(__doc__)
     parser.add_argument("--only", action="append", choices=list(NETWORKS), help="this network; may be given again")
-    parser.add_argument("--no-keep", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    at, load = datetime.datetime.now(datetime.UTC), harness.load()
+    begun = harness.begin(__file__, arguments)
     rows = [row for name in options.only or NETWORKS for row in figures(name, compared(*NETWORKS[name]))]
-    found = harness.result(
+    return harness.conclude(
+        begun,
         "prediction",
         "What `dcq-ray plan` predicts, beside a run in one process; few images, one epoch.",
-        harness.command(__file__, arguments),
         rows,
-        load=load,
-        at=at,
+        kept=not options.no_keep,
     )
-    print(harness.section(found))
-    if not options.no_keep:
-        harness.keep(found)
-    return 0 if all(row.met is not False for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ Results go to results.json; exits with 1 where a bar is missed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import os
 import sys
 import tempfile
@@ -237,34 +235,21 @@ def accuracy_figures(rival: Reached, ours: Reached) -> list[harness.Figure]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, keep; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default=str(DEFAULT_JOB))
+    parser = harness.arguments_parser(__doc__, job=DEFAULT_JOB)
     parser.add_argument("--only", choices=["steps", "accuracy"])
-    parser.add_argument("--no-keep", action="store_true", help="print only")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c")
     options = parser.parse_args(arguments)
-    at, load = datetime.datetime.now(datetime.UTC), harness.load()
+    begun = harness.begin(__file__, arguments)
     names = [options.only] if options.only else ["steps", "accuracy"]
-    missed = False
+    code = 0
     for name in names:
         measured = (
             step_figures(steps(options.job, options.settings))
             if name == "steps"
             else accuracy(options.job, options.settings)
         )
-        found = harness.result(
-            f"rivals-{name}",
-            f"{Path(options.job).name} beside what a user would do instead.",
-            harness.command(__file__, arguments),
-            measured,
-            load=load,
-            at=at,
-        )
-        print(harness.section(found), flush=True)
-        missed |= any(figure.met is False for figure in found.figures)
-        if not options.no_keep:
-            harness.keep(found)
-    return 1 if missed else 0
+        title = f"{Path(options.job).name} beside what a user would do instead."
+        code |= harness.conclude(begun, f"rivals-{name}", title, measured, kept=not options.no_keep)
+    return code
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ processor seconds, medians over steps. Results go to results.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
 import itertools
 import os
 import statistics
@@ -96,30 +94,22 @@ def figures(found: Sequence[tuple[Sequence[float], float]]) -> list[harness.Figu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, keep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", nargs="?", default=str(DEFAULT_JOB))
+    parser = harness.arguments_parser(__doc__, job=DEFAULT_JOB)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--no-keep", action="store_true", help="print only")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="a.b=c")
     options = parser.parse_args(arguments)
-    at, load = datetime.datetime.now(datetime.UTC), harness.load()
+    begun = harness.begin(__file__, arguments)
     with tempfile.TemporaryDirectory() as place:
         settings = ["data.train_samples=512", *options.settings, f"storage.cache_dir={place}"]
         job = load_job(options.job, overrides=settings, environment=os.environ)
         rows = figures(profile(bare.opened(job, str(Path(options.job).resolve().parent)), options.steps))
         batch_size = job.train.batch_size
-    found = harness.result(
+    return harness.conclude(
+        begun,
         "step",
         f"A training step of every section of {Path(options.job).name}, batches of {batch_size}, one thread.",
-        harness.command(__file__, arguments),
         rows,
-        load=load,
-        at=at,
+        kept=not options.no_keep,
     )
-    print(harness.section(found))
-    if not options.no_keep:
-        harness.keep(found)
-    return 0
 
 
 if __name__ == "__main__":
