@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import time
 import traceback
 import urllib.error
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dcq_ray.cli.options import debugging
 from dcq_ray.errors import DcqError
 from dcq_ray.gate import accuracy_drop
 
@@ -88,7 +88,7 @@ def told_at_end(
     except BaseException as error:
         code = _exit_code(error)
         if log_format == "json":
-            if not isinstance(error, DcqError) or "--debug" in sys.argv:
+            if not isinstance(error, DcqError) or debugging():
                 traceback.print_exc()
             if str(error):
                 click.echo(json.dumps({"message": str(error)}), err=True)

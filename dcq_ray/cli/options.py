@@ -18,7 +18,16 @@ Command = Callable[..., Any]
 SEARCH_FILE = "search.json"
 
 job_argument = click.argument("job_path", metavar="JOB.yaml", type=click.Path())
-debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show a traceback with an error.")
+_DEBUG = "dcq_ray.debug"
+
+
+def _note_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    context.meta[_DEBUG] = value
+
+
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, callback=_note_debug, help="Show a traceback with an error."
+)
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="a.b=c", help="Override a key of the job; may be given several times."
 )
@@ -50,3 +59,9 @@ def quoted(text: str) -> str:
     """A text as the value of an override."""
     # As JSON, which YAML reads as it stands; and a path is no place for variables.
     return json.dumps(text).replace("${", "$${")
+
+
+def debugging() -> bool:
+    """Whether the command that runs now was given `--debug`."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(_DEBUG))

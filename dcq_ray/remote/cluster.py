@@ -173,13 +173,20 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
     )
     if places == 0:
         have = "; ".join(_told(node, memory=share.memory_bytes > 0) for node in nodes) or "no node"
-        waiting = ", or let the run wait for an autoscaler's nodes by resources.wait_seconds"
+        remedies = ["lower resources.cpus_per_section"]
+        if share.num_gpus:
+            remedies.append("lower resources.gpus_per_section")
+        if share.memory_bytes:
+            remedies.append("lower resources.memory_per_section")
+        if share.accelerator:
+            remedies.append("name another resources.accelerator")
+        if not job.resources.wait_seconds:
+            remedies.append("let the run wait for an autoscaler's nodes by resources.wait_seconds")
         needed = f" and {share.memory_bytes:,} bytes of memory" if share.memory_bytes else ""
         raise ClusterError(
             f"resources: a section asks for {share.num_cpus:g} CPUs and {share.num_gpus:g} GPUs"
             f"{f' of type {share.accelerator}' if share.accelerator else ''}{needed}, but no node of the cluster has them "
-            f"({have}); lower resources.cpus_per_section, resources.gpus_per_section or resources.memory_per_section, or "
-            f"name another resources.accelerator{'' if job.resources.wait_seconds else waiting}"
+            f"({have}); {', or '.join(remedies)}"
         )
     return replace(share, places=places)
 
