@@ -67,13 +67,14 @@ def bare_pieces(job: str, settings: Sequence[str], num_workers: int) -> dict[str
 
 
 def run(job: str, settings: Sequence[str], address: str) -> Run:
-    """A run from empty folders; raises CalledProcessError where it fails."""
+    """A run from empty folders; raises RuntimeError with what it said where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "dcq_ray", "run", job, "--run-dir", f"{folder}/run", "--address", address]
         started = time.monotonic()
-        subprocess.run(
-            [*command, *_set([f"storage.cache_dir={folder}/cache", *settings])], check=True, capture_output=True
-        )
+        command += _set([f"storage.cache_dir={folder}/cache", *settings])
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
         seconds = time.monotonic() - started
         report = json.loads(Path(folder, "run", "report.json").read_text())
     return Run(seconds=seconds, timings=report["timings"], sha256=report["student"]["sha256"])
