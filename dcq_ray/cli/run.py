@@ -103,12 +103,13 @@ def run(
     """
     if max_drop is not None:
         overrides = (*overrides, f"reduce.max_drop={max_drop}")
-    job, folder = read_job(job_path, overrides, run_dir)
     from dcq_ray.gate import check_gate
     from dcq_ray.inputs import keep_inputs, look_at_inputs, read_inputs
     from dcq_ray.storage import open_store
 
-    with told_at_end(on_end, webhook, job, log_format) as ending:
+    with told_at_end(on_end, webhook, log_format) as ending:
+        job, folder = read_job(job_path, overrides, run_dir)
+        ending.job = job
         store = open_store(job.storage.run_dir)
         result = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
         if result is not None:
