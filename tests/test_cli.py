@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from dcq_ray.cli import inspect
+from dcq_ray.phases.status import StatusFile
+from dcq_ray.records import Progress
 from dcq_ray.storage import hold_run, open_store
 
 COMMANDS = ("run", "plan", "teacher", "baseline", "report", "status", "ls", "eval", "schema", "search", "gc")
@@ -180,6 +185,17 @@ def test_mistakes_end_in_one_paragraph_and_the_right_code(
 
 def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" in dcq("report", str(tmp_path), "--debug").stderr
+
+
+def test_status_is_watched_until_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StatusFile(open_store(str(tmp_path)), "small")
+    file.update(Progress(phase="train", index=0, done=1, total=9, unit="steps"))
+    to_come = [lambda: file.close("running"), lambda: file.close("succeeded", "what came last")]
+    monkeypatch.setattr(inspect, "time", SimpleNamespace(sleep=lambda _: to_come.pop(0)()))
+    done = CliRunner().invoke(inspect.status, [str(tmp_path), "--watch"])
+    assert (done.exit_code, to_come) == (0, [])
+    assert "succeeded" in done.output
+    assert "what came last" in done.output
 
 
 @pytest.mark.slow

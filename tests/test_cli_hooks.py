@@ -18,6 +18,7 @@ import click
 import pytest
 import yaml
 
+from dcq_ray.cli import main
 from dcq_ray.cli.hooks import call_hook, check_webhook, post, split_command, told_at_end
 from dcq_ray.cli.options import read_job
 from dcq_ray.errors import QualityGateMissed, RunInterrupted, RunTerminated, StorageError
@@ -136,11 +137,34 @@ def test_every_end_is_told_and_the_error_goes_on(
     path, target = tmp_path / "job.yaml", tmp_path / "told"
     path.write_text(yaml.safe_dump(job_document))
     job, _ = read_job(str(path), ())
-    with pytest.raises(type(error)), told_at_end(python(KEEP.format(target=str(target))), None, job, "text"):
-        raise error
+
+    def run() -> None:
+        with told_at_end(python(KEEP.format(target=str(target))), None, "text") as ending:
+            ending.job = job
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
     facts, got = told(target)
     assert got == variables
     assert (facts["message"], facts["student_top1"], facts["run_dir"]) == (str(error), None, job.storage.run_dir)
+
+
+def test_a_job_file_that_cannot_be_read_is_told_as_any_other_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listener: Listener
+) -> None:
+    path, url = tmp_path / "job.yaml", f"http://127.0.0.1:{listener.server_port}/"
+    path.write_text("name: [")
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(path), "--log-format", "json", "--webhook", url])
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    (line,) = shown.out.splitlines()
+    facts = json.loads(line)
+    assert (facts["status"], facts["exit_code"], facts["name"], facts["run_dir"]) == ("failed", 2, None, None)
+    assert str(path) in facts["message"]
+    assert [json.loads(told)["message"] for told in shown.err.splitlines()] == [facts["message"]]
+    assert [heard for _, _, heard in listener.heard] == [facts]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real cluster on loopback that wants a token: the same student, exit codes, detaching."""
+"""Runs as jobs of a real cluster on loopback that wants a token: the same student each way, exit codes, detaching."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dcq_ray.remote import jobs
 from dcq_ray.remote.jobs import open_jobs, refuse_large, uploaded_sizes
 
 WAIT_SECONDS = 240.0
+SUBMIT_SCRIPT = Path(__file__).parents[1] / "jobs" / "submit.py"
 DCQ = [sys.executable, "-m", "dcq_ray"]
 
 
@@ -140,6 +141,23 @@ def test_submitted_runs_give_the_local_student_and_their_exit_codes(
     done = subprocess.run([*ray, *run], env=cluster, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert student_of(tmp_path / "rayjob") == student_of(tmp_path / "local")
+
+    # As jobs/nightly does it, and as `ray submit` has the head do it: its script, in the mounted project.
+    joined = cluster | {"RAY_ADDRESS": cluster["CLUSTER_GCS"], "DCQ_PROJECT": str(tmp_path)}
+    own = ["job.yaml", "--set", f"storage.cache_dir={tmp_path / 'other-cache'}", "--log-format", "json"]
+    ways = {
+        "nightly": (*DCQ, "run", *own, "--publish", "published", "--keep", "7"),
+        "ray-submit": (sys.executable, str(SUBMIT_SCRIPT), *own),
+    }
+    for name, way in ways.items():
+        command = [*way, "--run-dir", str(tmp_path / name)]
+        done = subprocess.run(command, env=joined, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT_SECONDS)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"the Ray cluster at {cluster['CLUSTER_GCS']}" in done.stderr
+        assert (
+            json.loads(done.stdout)["student_sha256"] == student_of(tmp_path / name) == student_of(tmp_path / "local")
+        )
+    assert (tmp_path / "published" / "current" / "report.json").exists()
 
     # The finished run, below its gate; by the GCS's address, left and taken up again.
     gate = ("--address", cluster["CLUSTER_GCS"], "--max-drop", "0")

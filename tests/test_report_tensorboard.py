@@ -51,6 +51,19 @@ def test_curves_go_on_in_another_file_when_a_run_is_resumed(tmp_path: Path) -> N
 
 
 @needs_tensorboard
+def test_a_run_that_starts_over_has_no_curves_of_the_earlier_one(tmp_path: Path) -> None:
+    for fresh, steps, loss in ((False, (5, 9), 1.0), (True, (4, 8), 0.5)):
+        with drawn(open_store(str(tmp_path)), lambda _: None, fresh=fresh) as (take, _):
+            for step in steps:
+                take(Progress(phase="train", index=0, done=step, total=9, loss=loss))
+    assert read_back(tmp_path / "tensorboard") == {"loss/section-00": [(4, 0.5), (8, 0.5)]}
+    # One that is refused before its first step hides nothing.
+    with drawn(open_store(str(tmp_path)), lambda _: None, fresh=True):
+        pass
+    assert read_back(tmp_path / "tensorboard") == {"loss/section-00": [(4, 0.5), (8, 0.5)]}
+
+
+@needs_tensorboard
 @pytest.mark.slow
 def test_a_run_leaves_its_curves_and_its_accuracies_beside_it(job_document: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_document))

@@ -37,6 +37,8 @@ _STATUS = {0: "done", 3: "gate-missed", 75: "busy", 130: "interrupted", 143: "in
 class Ending:
     """What is known of a run as it ends; the run fills it in."""
 
+    job: Job | None = None
+    """None where the job file could not be read."""
     report: RunReport | None = None
     published: str | None = None
     """The version that is current where the run publishes, if its student is the one."""
@@ -64,9 +66,7 @@ def check_webhook(_context: click.Context, _parameter: click.Parameter, value: s
 
 
 @contextlib.contextmanager
-def told_at_end(
-    command: tuple[str, ...], webhook: str | None, job: Job, log_format: Literal["text", "json"]
-) -> Iterator[Ending]:
+def told_at_end(command: tuple[str, ...], webhook: str | None, log_format: Literal["text", "json"]) -> Iterator[Ending]:
     """Tell how the block ended, with what it filled in; what the block raises goes on.
 
     As JSON, the line about the end is to be the last one, so an error is told and ends the process here.
@@ -75,7 +75,7 @@ def told_at_end(
     ending = Ending()
 
     def tell(code: int, message: str) -> None:
-        facts = facts_of(job, ending, code=code, message=message, seconds=time.monotonic() - started)
+        facts = facts_of(ending, code=code, message=message, seconds=time.monotonic() - started)
         warnings = [call_hook(command, facts)] if command else []
         warnings += [post(webhook, facts)] if webhook else []
         for warning in filter(None, warnings):
@@ -99,7 +99,7 @@ def told_at_end(
     tell(0, "")
 
 
-def facts_of(job: Job, ending: Ending, *, code: int, message: str, seconds: float) -> dict[str, Any]:
+def facts_of(ending: Ending, *, code: int, message: str, seconds: float) -> dict[str, Any]:
     """What is told of a run: accuracies as fractions, the drop in percentage points, None what no one knows.
 
     `seconds` are those of this command, `cpu_seconds` those of all that the student took, whichever run spent them.
@@ -109,11 +109,11 @@ def facts_of(job: Job, ending: Ending, *, code: int, message: str, seconds: floa
     spent = None if report is None else report.timings.cpu_seconds
     return {
         "event": "run",
-        "name": job.name,
+        "name": None if ending.job is None else ending.job.name,
         "status": _STATUS.get(code, "failed"),
         "exit_code": code,
         "message": message,
-        "run_dir": job.storage.run_dir,
+        "run_dir": None if ending.job is None else ending.job.storage.run_dir,
         "seconds": round(seconds, 3),
         "cpu_seconds": None if spent is None else round(spent.teacher + spent.dump + spent.train + spent.reduce, 3),
         "teacher_top1": None if report is None else report.teacher.top1,

@@ -103,12 +103,13 @@ def run(
     """
     if max_drop is not None:
         overrides = (*overrides, f"reduce.max_drop={max_drop}")
-    job, folder = read_job(job_path, overrides, run_dir)
     from dcq_ray.gate import check_gate
     from dcq_ray.inputs import keep_inputs, look_at_inputs, read_inputs
     from dcq_ray.storage import open_store
 
-    with told_at_end(on_end, webhook, job, log_format) as ending:
+    with told_at_end(on_end, webhook, log_format) as ending:
+        job, folder = read_job(job_path, overrides, run_dir)
+        ending.job = job
         store = open_store(job.storage.run_dir)
         result = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
         if result is not None:
@@ -120,7 +121,7 @@ def run(
             before = look_at_inputs(job, folder, now_ns=time.time_ns(), earlier=read_inputs(store))
             with (
                 watching(job, log_format) as (show, say),
-                _drawn(store, tensorboard, show) as (emit, finish),
+                _drawn(store, tensorboard, show, fresh=fresh) as (emit, finish),
                 interruptible(job),
             ):
                 result = run_phases(job, folder, address=address, fresh=fresh, emit=emit, say=say)
@@ -157,12 +158,14 @@ def _has_rival(report: RunReport) -> bool:
     return any((rival.method, rival.budget) == ("dorefa", "passes") for rival in report.baselines)
 
 
-def _drawn(store: Store, wanted: bool, emit: Emit) -> AbstractContextManager[tuple[Emit, Callable[[RunReport], None]]]:
+def _drawn(
+    store: Store, wanted: bool, emit: Emit, *, fresh: bool
+) -> AbstractContextManager[tuple[Emit, Callable[[RunReport], None]]]:
     if not wanted:
         return contextlib.nullcontext((emit, lambda _: None))
     from dcq_ray.report.tensorboard import drawn
 
-    return drawn(store, emit)
+    return drawn(store, emit, fresh=fresh)
 
 
 def run_rival(

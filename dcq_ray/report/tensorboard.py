@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -24,8 +25,11 @@ def check_tensorboard() -> None:
 
 
 @contextlib.contextmanager
-def drawn(run: Store, emit: Callable[[Progress], None]) -> Iterator[Events]:
+def drawn(run: Store, emit: Callable[[Progress], None], *, fresh: bool = False) -> Iterator[Events]:
     """Write event files below a run directory until the block ends; those of earlier runs stay, and TensorBoard joins them.
+
+    Args:
+        fresh: the run starts over: TensorBoard is to pass over the curves of earlier files.
 
     Yields:
         What takes a run's progress and passes it on to `emit`, and what takes the report of the run when it is finished.
@@ -42,21 +46,25 @@ def drawn(run: Store, emit: Callable[[Progress], None]) -> Iterator[Events]:
         )
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(folder), flush_secs=10)  # type: ignore[no-untyped-call]
+    @functools.cache
+    def writer() -> Any:
+        # Opened by the first point: a run that is refused, since another holds the directory, is not to hide that one's curves.
+        return SummaryWriter(str(folder), flush_secs=10, purge_step=0 if fresh else None)  # type: ignore[no-untyped-call]
 
     def take(progress: Progress) -> None:
         for name, value in section_scalars(progress).items():
-            writer.add_scalar(name, value, progress.done)
+            writer().add_scalar(name, value, progress.done)
         emit(progress)
 
     def finish(report: RunReport) -> None:
         for name, value in report_scalars(report).items():
-            writer.add_scalar(name, value, 0)
+            writer().add_scalar(name, value, 0)
 
     try:
         yield take, finish
     finally:
-        writer.close()
+        if writer.cache_info().currsize:
+            writer().close()
 
 
 def section_scalars(progress: Progress) -> dict[str, float]:
