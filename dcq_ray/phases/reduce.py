@@ -19,6 +19,7 @@ from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.phases.checkpoints import Effort
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.diagnosis import diagnose
+from dcq_ray.phases.kept_merge import MERGED_FILE, merge_key, take_merge
 from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
 from dcq_ray.phases.prepare import part_top1, teacher_top1
 from dcq_ray.phases.saving import SaveRequest
@@ -225,7 +226,10 @@ def finish(
     states = [section_weights(context, result) for result in results]
     student = stitch(network.teacher.module, context.plan.layers, states)
     say(1)
-    merged = merge(context, student, network, splits, device, emit=emit, request=request)
+    merged = _kept(context, student, splits)
+    if merged is None:
+        merged = merge(context, student, network, splits, device, emit=emit, request=request)
+    student.to(device)
     extra = bake(student)
     say(2)
     sections = student_sections(network, student.state_dict(), extra)
@@ -267,6 +271,15 @@ class Merged:
     steps: tuple[MergeStep, ...] = ()
     before: Effort = field(default_factory=Effort)
     """Of processes that began a polish, and were killed."""
+
+
+def _kept(context: RunContext, student: nn.Module, splits: Splits) -> Merged | None:
+    """What a search that merged this very student left in the run directory; the student is changed in place."""
+    store = open_store(context.run_dir)
+    if context.job.reduce.polish_epochs or not store.exists(MERGED_FILE):
+        return None
+    steps = take_merge(store, merge_key(context, student, context.plan.layers, splits), student)
+    return None if steps is None else Merged(steps=steps)
 
 
 def merge(
