@@ -206,6 +206,7 @@ def finish(
     *,
     emit: Emit,
     request: SaveRequest | None = None,
+    num_at_once: int = 1,
 ) -> Finished:
     """Stitch the sections, re-estimate BatchNorm, validate, and write the student.
 
@@ -213,6 +214,7 @@ def finish(
 
     Args:
         request: asked at every step of a polish whether somebody wants a checkpoint at once.
+        num_at_once: batches of test images that are scored beside each other.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
@@ -236,7 +238,7 @@ def finish(
     validation = validate(context, sections, network, splits.held_out, device)
     diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
     test = None if job.reduce.test == "none" else splits.test
-    test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device)
+    test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device, num_at_once=num_at_once)
     say(3)
     student.to("cpu")
     state = {name: value.detach().contiguous() for name, value in (*student.state_dict().items(), *extra.items())}

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch
 
 from dcq_ray.digests import json_sha256
 from dcq_ray.errors import UsageError
-from dcq_ray.phases import Emit, ignore_progress
+from dcq_ray.phases import Emit, ignore_progress, num_at_once
 from dcq_ray.phases.context import WEIGHTS_FILE, section_store
 from dcq_ray.phases.kept_merge import hand_on_merge, keep_merge, merge_key
 from dcq_ray.phases.polish import Judge, judge_of
@@ -216,9 +215,9 @@ def _combination_key(library: Library, choices: Sequence[int]) -> str:
 def _scores(library: Library, some: Sequence[tuple[int, ...]], judge: Judge, store: Store) -> Iterator[float]:
     """Their scores, in order; on the CPU so many at once as it has cores for, each as it would be alone."""
     num_threads = library.members[0].context.job.train.num_threads
-    num_at_once = 1 if library.device.type != "cpu" else max(1, (os.cpu_count() or 1) // num_threads)
+    most = num_at_once(library.members[0].context.job, library.device)
     with ThreadPoolExecutor(
-        min(num_at_once, max(1, len(some))), initializer=torch.set_num_threads, initargs=(num_threads,)
+        min(most, max(1, len(some))), initializer=torch.set_num_threads, initargs=(num_threads,)
     ) as pool:
         yield from pool.map(lambda choices: combination_score(library, choices, judge, store), some)
 
