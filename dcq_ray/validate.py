@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +16,36 @@ from torch.nn import functional
 from dcq_ray.errors import DataError
 
 
-def predict(module: nn.Module, batches: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Logits [N, K], float32 on the CPU, of all batches [B, C, H, W]; the module's mode is put back."""
+def predict(module: nn.Module, batches: Iterable[Tensor], device: torch.device, *, num_at_once: int = 1) -> Tensor:
+    """Logits [N, K], float32 on the CPU, of all batches [B, C, H, W]; the module's mode is put back.
+
+    Args:
+        num_at_once: so many batches are computed beside each other, each by a copy of the module with as many threads as this
+            one has, so the logits are the same; batches are taken one by one.
+    """
     training = module.training
     module.to(device).eval()
-    with torch.no_grad():
-        logits = [module(images.to(device)).float().cpu() for images in batches]
+    copies = [module, *(copy.deepcopy(module) for _ in range(num_at_once - 1))]
+    threads = torch.get_num_threads()
+    logits: list[Tensor] = []
+    if num_at_once == 1:
+        logits += (_logits(module, images, device) for images in batches)
+    else:
+        with ThreadPoolExecutor(num_at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            waiting = iter(batches)
+            while some := list(itertools.islice(waiting, num_at_once)):
+                logits += pool.map(_logits, copies, some, itertools.repeat(device))
     module.train(training)
     if not logits:
         raise DataError("there are no images to validate on")
     return torch.cat(logits)
+
+
+def _logits(module: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+    # Here, since it holds in a thread alone.
+    with torch.no_grad():
+        logits: Tensor = module(images.to(device)).float().cpu()
+    return logits
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> float:

@@ -115,6 +115,15 @@ def test_any_weight_comes_back_to_the_bit(
     assert torch.equal(found["0.weight"].view(torch.int32), state["0.weight"].view(torch.int32))
 
 
+@pytest.mark.parametrize(("scheme", "bits"), SCHEMES)
+@pytest.mark.parametrize("num_inputs", [1, 9, 40])
+def test_a_plan_promises_the_bytes_that_the_file_has(scheme: str, bits: int, num_inputs: int) -> None:
+    layer = nn.Sequential(nn.Linear(num_inputs, 3, bias=False))
+    layers = plans_of(layer, weights={"scheme": scheme, "bits": bits})
+    found = open_packed(pack(baked(layer, layers), layers, model="m:f", args={}, metadata={}), source="here")
+    assert sum(entry.num_bytes for entry in found.tensors) == layers[0].num_bytes
+
+
 def test_one_bit_and_three_bits_by_hand() -> None:
     layer = nn.Sequential(nn.Linear(9, 1, bias=False))
     plan = plans_of(layer, weights={"scheme": "dorefa", "bits": 1})

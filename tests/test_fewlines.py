@@ -117,6 +117,35 @@ def test_a_dataset_gives_what_its_arrays_give(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_on_ray_it_gives_the_same_student(job_document: dict[str, Any]) -> None:
+    names = ("train_samples", "held_out_samples", "test_samples", "metric")
+    settings = {
+        "teacher.fit": job_document["teacher"]["fit"],
+        "train.batch_size": 32,
+        **{f"data.{name}": job_document["data"][name] for name in names},
+    }
+    here, there = (
+        dcq_ray.quantize(
+            job_document["teacher"]["model"],
+            "digits",
+            sections=3,
+            run_dir=run_dir,
+            address=address,
+            # A cache of its own, so that Ray's tasks dump the activations too.
+            settings={**settings, "storage.cache_dir": f"cache-{run_dir}"},
+            progress=False,
+        )
+        for run_dir, address in (("here", None), ("there", "local"))
+    )
+    assert there.report.student == here.report.student
+    assert there.report.validation == here.report.validation
+    states = here.student.state_dict(), there.student.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.slow
 def test_the_readmes_example_runs(model: nn.Module) -> None:
     blocks = re.findall(r"```python\n(import dcq_ray\n.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 1

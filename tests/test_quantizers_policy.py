@@ -87,7 +87,10 @@ def test_the_input_of_a_layer_that_is_not_called_stays_as_it_is() -> None:
         # 128 weights in the middle layer, 8 output channels; 4 bytes a scale.
         ({"scheme": "dorefa", "bits": 1}, 128 // 8 + 4),
         ({"scheme": "xnor", "bits": 1}, 128 // 8 + 8 * 4),
-        ({"scheme": "ttq", "bits": 2}, 128 // 4 + 2 * 4),
+        # Three levels: five weights in a byte, 26 bytes for 128.
+        ({"scheme": "ttq", "bits": 2}, 26 + 2 * 4),
+        ({"scheme": "wrpn", "bits": 2}, 26 + 4),
+        ({"scheme": "wrpn", "bits": 3}, 128 * 3 // 8 + 4),
         ({"scheme": "lsq-channel", "bits": 3}, 128 * 3 // 8 + 8 * 4),
     ],
 )

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from dcq_ray.cli import cli
 from dcq_ray.cli.search import parse_budget
 from dcq_ray.errors import UsageError
+from dcq_ray.phases import reduce
+from dcq_ray.records import RunContext
 from dcq_ray.search import Option, parse_option
 
 OPTIONS = ("dorefa-1", "dorefa-2", "dorefa-4")
@@ -40,9 +42,19 @@ def modified(root: Path, pattern: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(job_file: Path, tmp_path: Path) -> None:
+def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(
+    job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, merged = tmp_path / "run", []
+
+    def merge(context: RunContext, *arguments: Any, **named: Any) -> Any:
+        merged.append(Path(context.run_dir))
+        return real_merge(context, *arguments, **named)
+
+    real_merge = reduce.merge
+    # Of runs; the search's own merges are not among them.
+    monkeypatch.setattr(reduce, "merge", merge)
     search(job_file, "--budget", "dorefa:2")
-    run = tmp_path / "run"
     library = {name: run / "library" / name for name in OPTIONS}
     found = json.loads((run / "search.json").read_text())
     report = json.loads((run / "report.json").read_text())
@@ -95,8 +107,19 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(job
     assert modified(run, "library/*/sections/*/*/weights.safetensors") == trained
     assert scores.items() <= modified(run, "library/combinations/*.json").items()
     again = json.loads((run / "search.json").read_text())
+    chosen_report = (run / "report.json").read_text()
     teacher = json.loads((run / "report.json").read_text())["validation"]["teacher_top1"]
     assert again["chosen"]["score"] >= teacher - 0.02
+
+    # What was chosen is merged once, for its score; a run that finds no merge makes the very same student.
+    assert merged == [run / "library" / name for name in OPTIONS]
+    for path in (*run.glob("library/combinations/*/*"), *run.glob("merged.*"), run / "student.safetensors"):
+        path.unlink()
+    search(job_file, "--max-drop", "2")
+    assert merged[len(OPTIONS) :] == [run]
+    anew = json.loads((run / "report.json").read_text())
+    assert anew["student"] == json.loads(chosen_report)["student"]
+    assert anew["merge_steps"] == json.loads(chosen_report)["merge_steps"]
 
     with pytest.raises(UsageError, match=r"smallest combination of this library takes [\d,]+ bytes"):
         search(job_file, "--budget", "10")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -48,6 +49,28 @@ class Scale(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.mul_(self.factor)
+
+
+@pytest.mark.parametrize("num_at_once", [2, 3, 9])
+def test_batches_beside_each_other_give_the_same_logits_in_order(num_at_once: int) -> None:
+    torch.manual_seed(0)
+    module = Remembering(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    batches = [torch.randn(size, 1, 8, 8) for size in (4, 4, 4, 4, 3)]
+    expected = predict(module, iter(batches), CPU)
+    before, threads = module.training, torch.get_num_threads()
+    assert torch.equal(predict(module, iter(batches), CPU, num_at_once=num_at_once), expected)
+    assert (module.training, torch.get_num_threads()) == (before, threads)
+    with pytest.raises(DataError, match="no images"):
+        predict(module, iter([]), CPU, num_at_once=num_at_once)
+
+
+class Remembering(nn.Sequential):
+    """Keeps its input between layers, as a network that two threads share would mix up."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.images = images
+        time.sleep(0.01)
+        return super().forward(self.images)
 
 
 def test_boundary_errors_add_up_over_sections_that_work_in_place() -> None:

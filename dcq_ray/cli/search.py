@@ -107,8 +107,9 @@ def search(
             f"quantize.overrides={combination_overrides(found, searched.choices)}",
         )
         mixed, _ = read_job(job_path, chosen, run_dir)
-        take_sections(found, searched.choices, run_store)
-        result = run_phases(mixed, folder, address=address, fresh=False, emit=emit, say=say)
+        take_sections(found, searched.choices, run_store, scores=shelf)
+        # Nothing is left to train, so no Ray is started for it.
+        result = run_phases(mixed, folder, address="none", fresh=False, emit=emit, say=say)
     _keep(searched, run_store)
     show_report(mixed, result, log_format, searched=searched)
 

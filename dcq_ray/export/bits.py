@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dcq_ray.quantizers.policy import TRITS_PER_BYTE
+
 Codes = NDArray[np.uint8]
 
 MAX_LEVELS = 256
-TRITS_PER_BYTE = 5
 _TRIT_WEIGHTS = 3 ** np.arange(TRITS_PER_BYTE, dtype=np.uint16)
 # The digits of every byte; above 242 there are none.
 _TRITS = (np.arange(3**TRITS_PER_BYTE, dtype=np.uint16)[:, None] // _TRIT_WEIGHTS % 3).astype(np.uint8)

@@ -8,7 +8,7 @@ actor. The run directory is the state: a step whose valid result lies there is n
 
 from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
-from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
+from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, num_at_once, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
@@ -66,6 +66,7 @@ __all__ = [
     "measure_sections",
     "measure_untrained",
     "measured_section",
+    "num_at_once",
     "num_slices",
     "obtain_teacher",
     "open_network",

@@ -6,6 +6,7 @@ the data's own place.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from dcq_ray.errors import StaleRunError, StorageError, TeacherError
 from dcq_ray.partition import cut, trace_teacher
 from dcq_ray.phases.memory import keep_freed_memory
 from dcq_ray.records import Progress, RunContext
+from dcq_ray.spec import Job
 from dcq_ray.storage import Store, current_epoch, open_store
 from dcq_ray.teacher import Teacher, build_network, frozen_teacher, load_state, state_bytes, state_from_bytes
 
@@ -44,6 +46,11 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def num_at_once(job: Job, device: torch.device) -> int:
+    """How many things that have `train.num_threads` each this machine can compute beside each other; 1 on a GPU."""
+    return 1 if device.type != "cpu" else max(1, (os.cpu_count() or 1) // job.train.num_threads)
 
 
 def section_store(context: RunContext, index: int) -> Store:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 
 from dcq_ray.errors import RunInterrupted, StaleRunError
-from dcq_ray.phases.context import Emit, Network, choose_device, open_network
+from dcq_ray.phases.context import Emit, Network, choose_device, num_at_once, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.opening import open_run
 from dcq_ray.phases.reduce import finish, measure_sections, measure_untrained, measured_section
@@ -22,6 +22,9 @@ from dcq_ray.phases.stream_saving import restart_tick
 from dcq_ray.phases.train import activation_memory_bytes, section_failure, train_section
 from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
 from dcq_ray.spec import Job
+
+# Each has a copy of the student, and the memory of a batch.
+MAX_SCORED_AT_ONCE = 4
 
 
 def run_local(
@@ -69,7 +72,16 @@ def run_local(
         scores = measure_untrained(context, network, splits)
         # A polish saves itself before it ends, as a training does; all else of this phase is done again.
         with stop.training() if context.job.reduce.polish_epochs else contextlib.nullcontext():
-            finished = finish(context, ordered, network, splits, emit=session.emit, request=stop)
+            finished = finish(
+                context,
+                ordered,
+                network,
+                splits,
+                emit=session.emit,
+                request=stop,
+                # This process has all cores to itself now.
+                num_at_once=min(MAX_SCORED_AT_ONCE, num_at_once(job, device)),
+            )
         report = report_success(
             session, ordered, measurements, scores, finished, num_workers=1, train_seconds=train_seconds
         )

@@ -17,6 +17,7 @@ from dcq_ray.jobfile import job_yaml
 from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import lease_boundaries, release_boundaries
+from dcq_ray.phases.kept_merge import MERGED_FILE, MERGED_TENSORS_FILE
 from dcq_ray.phases.polish import POLISH_FOLDER
 from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
 from dcq_ray.phases.reduce import SCORES_FILE, STUDENT_FILE
@@ -143,6 +144,8 @@ def clear_run(store: Store) -> None:
         DUMP_FILE,
         STUDENT_FILE,
         SCORES_FILE,
+        MERGED_FILE,
+        MERGED_TENSORS_FILE,
         STATUS_FILE,
         INPUTS_FILE,
     ):

@@ -264,11 +264,14 @@ def cutting_costs(
     return costs
 
 
-def part_top1(module: torch.nn.Module, part: Part, batch_size: int, device: torch.device) -> float | None:
-    """Top-1 accuracy on a part, or None where it has no labels."""
+def part_top1(
+    module: torch.nn.Module, part: Part, batch_size: int, device: torch.device, *, num_at_once: int = 1
+) -> float | None:
+    """Top-1 accuracy on a part, or None where it has no labels; `num_at_once`: as of `dcq_ray.validate.predict`."""
     if part.labels is None:
         return None
-    logits = predict(module, (images for images, _ in ordered_batches(part, batch_size)), device)
+    images = (images for images, _ in ordered_batches(part, batch_size))
+    logits = predict(module, images, device, num_at_once=num_at_once)
     return top_k(logits, torch.from_numpy(part.labels), 1)
 
 

@@ -19,6 +19,7 @@ from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.phases.checkpoints import Effort
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.diagnosis import diagnose
+from dcq_ray.phases.kept_merge import MERGED_FILE, merge_key, take_merge
 from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
 from dcq_ray.phases.prepare import part_top1, teacher_top1
 from dcq_ray.phases.saving import SaveRequest
@@ -205,6 +206,7 @@ def finish(
     *,
     emit: Emit,
     request: SaveRequest | None = None,
+    num_at_once: int = 1,
 ) -> Finished:
     """Stitch the sections, re-estimate BatchNorm, validate, and write the student.
 
@@ -212,6 +214,7 @@ def finish(
 
     Args:
         request: asked at every step of a polish whether somebody wants a checkpoint at once.
+        num_at_once: batches of test images that are scored beside each other.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
@@ -225,14 +228,17 @@ def finish(
     states = [section_weights(context, result) for result in results]
     student = stitch(network.teacher.module, context.plan.layers, states)
     say(1)
-    merged = merge(context, student, network, splits, device, emit=emit, request=request)
+    merged = _kept(context, student, splits)
+    if merged is None:
+        merged = merge(context, student, network, splits, device, emit=emit, request=request)
+    student.to(device)
     extra = bake(student)
     say(2)
     sections = student_sections(network, student.state_dict(), extra)
     validation = validate(context, sections, network, splits.held_out, device)
     diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
     test = None if job.reduce.test == "none" else splits.test
-    test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device)
+    test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device, num_at_once=num_at_once)
     say(3)
     student.to("cpu")
     state = {name: value.detach().contiguous() for name, value in (*student.state_dict().items(), *extra.items())}
@@ -267,6 +273,15 @@ class Merged:
     steps: tuple[MergeStep, ...] = ()
     before: Effort = field(default_factory=Effort)
     """Of processes that began a polish, and were killed."""
+
+
+def _kept(context: RunContext, student: nn.Module, splits: Splits) -> Merged | None:
+    """What a search that merged this very student left in the run directory; the student is changed in place."""
+    store = open_store(context.run_dir)
+    if context.job.reduce.polish_epochs or not store.exists(MERGED_FILE):
+        return None
+    steps = take_merge(store, merge_key(context, student, context.plan.layers, splits), student)
+    return None if steps is None else Merged(steps=steps)
 
 
 def merge(

@@ -16,6 +16,9 @@ from dcq_ray.spec import MAX_WEIGHT_BITS, WEIGHT_SCHEME_BITS, ActivationScheme, 
 UNQUANTIZED_BITS = 32
 SCALE_BYTES = 4
 PER_CHANNEL_SCHEMES = ("xnor", "lsq-channel")
+# -1, 0 and 1, where two bits would have a level more; packed files hold five of them in a byte (3^5 = 243).
+THREE_LEVELS = (("twn", 2), ("ttq", 2), ("wrpn", 2))
+TRITS_PER_BYTE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,11 @@ def layer_weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def weight_num_bytes(count: int, scheme: str, bits: int) -> int:
+    """Bytes of so many quantized weights in a packed file (`export/bits.py`), scales aside."""
+    return -(-count // TRITS_PER_BYTE) if (scheme, bits) in THREE_LEVELS else -(-count * bits // 8)
 
 
 def packed_num_bytes(state: Mapping[str, Tensor], layers: Sequence[LayerPlan]) -> int:
@@ -161,7 +169,7 @@ def _layer_plan(site: LayerSite, choice: _Choice) -> LayerPlan:
     num_scales = 2 if choice.scheme == "ttq" else 1
     if choice.scheme in PER_CHANNEL_SCHEMES:
         num_scales = weight.shape[channel_dim(kind)]
-    packed = -(-weight.numel() * choice.bits // 8) + SCALE_BYTES * num_scales
+    packed = weight_num_bytes(weight.numel(), choice.scheme, choice.bits) + SCALE_BYTES * num_scales
     quantizes_input = choice.activation_scheme is not None and choice.activation_bits < UNQUANTIZED_BITS
     return LayerPlan(
         module=site.name,
