@@ -10,6 +10,7 @@ from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
+from dcq_ray.phases.footprint import Footprint, dump_footprint, section_footprint
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
@@ -40,6 +41,7 @@ __all__ = [
     "DumpedSlice",
     "Emit",
     "Finished",
+    "Footprint",
     "Network",
     "Prediction",
     "Prepared",
@@ -56,6 +58,7 @@ __all__ = [
     "checkpoint_store",
     "choose_device",
     "collect",
+    "dump_footprint",
     "dump_slices",
     "finish",
     "ignore_progress",
@@ -88,6 +91,7 @@ __all__ = [
     "section_done",
     "section_failed",
     "section_failure",
+    "section_footprint",
     "section_objective",
     "section_tasks",
     "train_section",

@@ -13,14 +13,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dcq_ray.data import Part
 from dcq_ray.losses import loss_function
 from dcq_ray.partition import cut, trace_teacher
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
-from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
+from dcq_ray.quantizers import activation_starts, fit_num_bytes, fit_weights, put_quantizers
 from dcq_ray.records import PartitionPlan
 from dcq_ray.section import Training
 from dcq_ray.spec import Job
@@ -48,6 +48,10 @@ class SectionCosts:
     """Of one step of a training: forward, loss, backward, update."""
     start_seconds: float
     """Of the fit of quantized weights, where the job has one."""
+    kept_bytes: int = 0
+    """What a step of a full batch keeps for its backward pass, parameters apart."""
+    moments_bytes: int = 0
+    """What a fit of the section's largest layer holds of its inputs' moments."""
 
 
 def try_sections(
@@ -76,13 +80,16 @@ def _try_section(
     outputs, forward_seconds = _timed(lambda: _forward(section, inputs, job.data.batch_size), device)
     _, store_seconds = _timed(lambda: _store(outputs, job.storage.dtype), device)
     student, start_seconds = _started(job, plan, index, section, inputs, forward_seconds / num_rows, device)
+    # Where fewer rows fit into memory than a batch has, theirs stand for it.
+    times = batch_size / num_stepped
+    step_seconds, kept_bytes = _step_costs(job, student, inputs[:num_stepped], outputs[:num_stepped], device)
     return outputs, SectionCosts(
         forward_seconds=forward_seconds / num_rows,
         store_seconds=store_seconds / num_rows,
-        # Where fewer rows fit into memory than a batch has, their seconds stand for it.
-        step_seconds=_step_seconds(job, student, inputs[:num_stepped], outputs[:num_stepped], device)
-        * (batch_size / num_stepped),
+        step_seconds=step_seconds * times,
         start_seconds=start_seconds,
+        kept_bytes=math.ceil(kept_bytes * times),
+        moments_bytes=fit_num_bytes(student, job.data.batch_size) if job.train.start == "fitted" else 0,
     )
 
 
@@ -128,7 +135,10 @@ def _started(
     return student, seconds + max(0, num_samples - count) * FIT_PASSES * forward_seconds
 
 
-def _step_seconds(job: Job, student: GraphModule, inputs: Tensor, targets: Tensor, device: torch.device) -> float:
+def _step_costs(
+    job: Job, student: GraphModule, inputs: Tensor, targets: Tensor, device: torch.device
+) -> tuple[float, int]:
+    """Seconds of a step, and the bytes that it keeps for its backward pass."""
     training = Training(
         student,
         settings=job.train,
@@ -138,13 +148,29 @@ def _step_seconds(job: Job, student: GraphModule, inputs: Tensor, targets: Tenso
         what="a trial",
     )
     if not training.total:
-        return 0.0
+        return 0.0, 0
     training.train()
     # The first step allocates what later ones use again.
-    training.step(inputs.clone(), targets)
+    kept_bytes = kept_by(lambda: training.step(inputs.clone(), targets), student)
     return statistics.median(
         _timed(lambda: training.step(inputs.clone(), targets), device)[1] for _ in range(NUM_STEPS)
-    )
+    ), kept_bytes
+
+
+def kept_by(step: Callable[[], object], module: nn.Module) -> int:
+    """Bytes of the tensors that a step keeps for its backward pass, each once, the module's own parameters and buffers apart."""
+    own = {value.untyped_storage().data_ptr() for value in (*module.parameters(), *module.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        step()
+    return sum(found.values())
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:

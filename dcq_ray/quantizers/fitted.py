@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
-from dcq_ray.quantizers.moments import Seen, moments_of
+from dcq_ray.quantizers.moments import Seen, moments_num_bytes, moments_of
 from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, layer_weight
 from dcq_ray.quantizers.sums import Summand, summands
 from dcq_ray.quantizers.walk import Walk
@@ -108,6 +108,13 @@ def fit_weights(
         for kind, value in norm.named_buffers():
             value.copy_(statistics[name][kind])
     return tuple(fits)
+
+
+def fit_num_bytes(student: GraphModule, batch_size: int) -> int:
+    """What the fit of a student's largest layer takes beside the activations, on batches of so many images."""
+    layers: list[Any] = [layer for layer in student.modules() if parametrize.is_parametrized(layer, "weight")]
+    fitted = [layer for layer in layers if _fittable(layer, layer.parametrizations["weight"][0])]
+    return max((moments_num_bytes(layer, batch_size) for layer in fitted), default=0)
 
 
 def _fit_layer(
