@@ -26,8 +26,8 @@ def _job(job_document: dict[str, Any], **train: Any) -> Job:
     return resolve_job({**document, "data": {**job_document["data"], "batch_size": 20}}, source="test")
 
 
-@pytest.fixture
-def plan() -> PartitionPlan:
+def make_plan() -> PartitionPlan:
+    """Two sections between boundaries of 6, 5 and 2 numbers a sample, 3,000 samples."""
     shapes = ((3, 2), (5,), (2,))
     boundaries = tuple(
         Boundary(index=index, cut=f"c{index}", shape=shape, num_samples=3000, dtype="float16", digest=f"d{index}")
@@ -58,6 +58,11 @@ def plan() -> PartitionPlan:
         num_bytes_packed=1,
         total_multiply_accumulates=2,
     )
+
+
+@pytest.fixture
+def plan() -> PartitionPlan:
+    return make_plan()
 
 
 def test_the_parts_of_a_section_are_those_of_the_formula(job_document: dict[str, Any], plan: PartitionPlan) -> None:

@@ -14,6 +14,7 @@ from dcq_ray.phases.footprint import Footprint, dump_footprint, section_footprin
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
+from dcq_ray.phases.outlook import Outlook, outlook, scaled
 from dcq_ray.phases.polish import polish_reached
 from dcq_ray.phases.predict import Prediction, SampleCounts, longest_first, predict, sample_counts
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
@@ -43,6 +44,7 @@ __all__ = [
     "Finished",
     "Footprint",
     "Network",
+    "Outlook",
     "Prediction",
     "Prepared",
     "Rules",
@@ -74,6 +76,7 @@ __all__ = [
     "open_network",
     "open_run",
     "open_splits",
+    "outlook",
     "part_top1",
     "plan_job",
     "plan_notes",
@@ -88,6 +91,7 @@ __all__ = [
     "run_local",
     "sample_counts",
     "saved_tick",
+    "scaled",
     "section_done",
     "section_failed",
     "section_failure",
