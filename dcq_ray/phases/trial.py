@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from dcq_ray.data import Part
 from dcq_ray.losses import loss_function
 from dcq_ray.partition import cut, trace_teacher
+from dcq_ray.phases.memory import keep_freed_memory
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
 from dcq_ray.quantizers import activation_starts, fit_num_bytes, fit_weights, put_quantizers
 from dcq_ray.records import PartitionPlan
@@ -29,9 +30,8 @@ from dcq_ray.teacher import Teacher
 T = TypeVar("T")
 
 NUM_STEPS = 3
-# Most of a fit's seconds are the search for levels, whatever the number of images; each more of them goes through the teacher's
-# section and the student's, and its windows are multiplied.
-FIT_SAMPLES, FIT_PASSES = 32, 4
+# A fit is tried on so many; of its seconds those grow with the number of images in which it sees them.
+FIT_SAMPLES = 32
 # Of the largest boundary in a trial.
 MAX_TRIAL_BYTES = 2**29
 
@@ -59,6 +59,8 @@ def try_sections(
 ) -> tuple[SectionCosts, ...]:
     """Try every section of a plan on a few train images; the teacher stays as it is, and nothing is written."""
     torch.set_num_threads(job.train.num_threads)
+    # As workers do: else the first passes pay for memory that later ones find.
+    keep_freed_memory()
     traced = trace_teacher(teacher.module, torch.zeros(2, *plan.input_shape))
     sections = cut(traced, plan.cuts, copied=True)
     largest_bytes = max(4 * math.prod(boundary.shape) for boundary in plan.boundaries)
@@ -79,7 +81,7 @@ def _try_section(
     num_stepped = min(batch_size, num_rows)
     outputs, forward_seconds = _timed(lambda: _forward(section, inputs, job.data.batch_size), device)
     _, store_seconds = _timed(lambda: _store(outputs, job.storage.dtype), device)
-    student, start_seconds = _started(job, plan, index, section, inputs, forward_seconds / num_rows, device)
+    student, start_seconds = _started(job, plan, index, section, inputs, device)
     # Where fewer rows fit into memory than a batch has, theirs stand for it.
     times = batch_size / num_stepped
     step_seconds, kept_bytes = _step_costs(job, student, inputs[:num_stepped], outputs[:num_stepped], device)
@@ -114,10 +116,9 @@ def _started(
     index: int,
     section: GraphModule,
     inputs: Tensor,
-    forward_seconds: float,
     device: torch.device,
 ) -> tuple[GraphModule, float]:
-    """A student section, and the seconds that its fit on all its samples would take; `forward_seconds`: of one sample."""
+    """A student section, and the seconds that its fit on all its samples would take."""
     student: GraphModule = copy.deepcopy(section)
     layers = plan.sections[index].layers
     put_quantizers(student, layers, activation_starts(student, layers, [inputs[: job.data.batch_size].clone()]))
@@ -126,13 +127,16 @@ def _started(
     count = min(FIT_SAMPLES, len(inputs))
     rows = [batch.clone() for batch in _batches(inputs[:count], job.data.batch_size)]
 
-    def fit() -> None:
-        fit_weights(copy.deepcopy(student), section, [(row, row) for row in rows], seed=job.seed)
-
-    _, seconds = _timed(fit, device)
+    fits, seconds = _timed(
+        lambda: fit_weights(
+            copy.deepcopy(student), section, [(row, row) for row in rows], seed=job.seed, clock=_clock(device)
+        ),
+        device,
+    )
     fitting = max(1, MAX_START_INPUT_BYTES // (4 * math.prod(plan.boundaries[index].shape)))
     num_samples = min(fitting, job.train.start_samples, plan.boundaries[0].num_samples)
-    return student, seconds + max(0, num_samples - count) * FIT_PASSES * forward_seconds
+    seeing = sum(fit.seconds_seeing for fit in fits)
+    return student, seconds + max(0, num_samples - count) / count * seeing
 
 
 def _step_costs(
@@ -173,10 +177,14 @@ def kept_by(step: Callable[[], object], module: nn.Module) -> int:
     return sum(found.values())
 
 
+def _clock(device: torch.device) -> Callable[[], float]:
+    # On one CPU thread that of the processor, whose seconds are the same whatever else the machine does.
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What the work gives, and its seconds."""
-    # On one CPU thread those of the processor, which are the same whatever else the machine does.
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = _clock(device)
     started = clock()
     value = work()
     if device.type == "cuda":
