@@ -30,7 +30,8 @@ from dcq_ray.teacher import Teacher
 T = TypeVar("T")
 
 NUM_STEPS = 3
-# A fit is tried on so many; of its seconds those grow with the number of images in which it sees them.
+# A fit is tried on a batch, and on so many where batches are smaller; of its seconds those grow with the number of images in which
+# it sees them.
 FIT_SAMPLES = 32
 # Of the largest boundary in a trial.
 MAX_TRIAL_BYTES = 2**29
@@ -124,7 +125,7 @@ def _started(
     put_quantizers(student, layers, activation_starts(student, layers, [inputs[: job.data.batch_size].clone()]))
     if job.train.start != "fitted":
         return student, 0.0
-    count = min(FIT_SAMPLES, len(inputs))
+    count = min(max(FIT_SAMPLES, job.data.batch_size), len(inputs))
     rows = [batch.clone() for batch in _batches(inputs[:count], job.data.batch_size)]
 
     fits, seconds = _timed(
