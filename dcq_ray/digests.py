@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -44,5 +45,10 @@ def file_sha256(path: str | Path) -> str:
 
 def library_versions() -> dict[str, str]:
     """Versions of all that determines numbers."""
-    versions = {name: metadata.version(name) for name in LIBRARIES}
-    return {"dcq_ray": __version__, "python": platform.python_version(), **versions}
+    return {"dcq_ray": __version__, "python": platform.python_version(), **dict(_installed_versions())}
+
+
+@functools.cache
+def _installed_versions() -> tuple[tuple[str, str], ...]:
+    # Each look parses a distribution's whole metadata, and every section's digest asks.
+    return tuple((name, metadata.version(name)) for name in LIBRARIES)

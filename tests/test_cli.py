@@ -152,6 +152,36 @@ def test_plan_writes_nothing_and_its_cuts_pin_the_sections(job_path: str, tmp_pa
     assert "to pin these sections" in text
 
 
+def test_plan_answers_for_data_and_machines_that_are_not_here(job_path: str, tmp_path: Path) -> None:
+    away = ("--set", "data.dataset=imagefolder", "--set", "data.root=nowhere", "--set", "data.image_size=[8, 8]")
+    there = (
+        "--stand-in",
+        "1000000",
+        "--images-per-second",
+        "1e6",
+        "--storage-speed",
+        "0.5",
+        "--price",
+        "3",
+        "--workers",
+        "64",
+    )
+    done = dcq("plan", job_path, "--json", "--set", "data.channels=1", *away, *there)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    boundaries = made["plan"]["boundaries"]
+    assert {boundary["num_samples"] for boundary in boundaries} == {1_000_000}
+    expected = made["outlook"]
+    assert expected["num_training"] == len(made["plan"]["sections"]) < expected["num_workers"] == 64
+    assert expected["written_bytes"] / 0.5e9 <= expected["dump_seconds"]
+    assert expected["cost"] > 0
+    assert min(made["memory_bytes"]["sections"]) > made["plan"]["teacher_num_bytes"]
+    assert not (tmp_path / "run").exists()
+    text = dcq("plan", job_path, "--price", "3").stdout
+    assert "written by the dump" in text
+    assert "cost: " in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

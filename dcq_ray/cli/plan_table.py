@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from dcq_ray.phases import Prediction, plan_notes
+from dcq_ray.phases import Footprint, Outlook, Prediction, SectionCosts, plan_notes
 from dcq_ray.records import PartitionPlan
 from dcq_ray.report import layers_table, size, work_table
 from dcq_ray.spec import Job
@@ -54,3 +56,37 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
         f"{prediction.makespan_seconds:.1f} s (predicted from a few steps of every section)"
     )
     console.print(f"to pin these sections: sections: {{cuts: [{', '.join(plan.cuts)}]}}", markup=False, soft_wrap=True)
+
+
+def print_memory(sections: Sequence[Footprint], dump: Footprint, console: Console) -> None:
+    """How much a worker holds at most."""
+    largest = max(range(len(sections)), key=lambda index: sections[index].num_bytes)
+    console.print(
+        f"memory of a worker on a CPU: at most {size(sections[largest].num_bytes)} for a section (section {largest}) and what "
+        f"resources.memory_per_section lets it keep of activations; at most {size(dump.num_bytes)} for the dump"
+    )
+
+
+def print_storage(found: Outlook, job: Job, console: Console) -> None:
+    """What is written and read."""
+    kept, read = size(found.kept_read_bytes), size(found.read_bytes)
+    console.print(
+        f"storage: {size(found.written_bytes)} written by the dump; sections read {kept} where their activations stay in memory, "
+        f"else {read} over {job.train.epochs} epochs"
+    )
+
+
+def print_outlook(
+    found: Outlook, console: Console, *, images_per_second: float | None, measured: Sequence[SectionCosts]
+) -> None:
+    """Seconds and cost on machines that are not here; what of it is measured, and what is assumed."""
+    here = 1 / sum(cost.forward_seconds for cost in measured)
+    told = "as many" if images_per_second is None else f"{images_per_second:,.0f} assumed"
+    console.print(
+        f"the teacher's forward pass: {here:,.1f} images/s measured here on one worker, {told} on those of the run. There, on "
+        f"{found.num_workers} workers: dump {found.dump_seconds:,.0f} s (limited by {found.dump_limit}), training "
+        f"{found.train_seconds:,.0f} s on {found.num_training} of them ({found.train_limit}), merge {found.reduce_seconds:,.0f} s, "
+        f"together {found.seconds:,.0f} s"
+    )
+    if found.cost is not None:
+        console.print(f"cost: {found.cost:,.2f} for {found.num_workers} workers, in the unit of --price")

@@ -26,7 +26,7 @@ from dcq_ray.digests import json_sha256
 from dcq_ray.errors import DataError
 from dcq_ray.spec import DataSpec
 
-_MAX_HELD_OUT_BY_DEFAULT = 5000
+MAX_HELD_OUT_BY_DEFAULT = 5000
 # One stream of random numbers for each choice, so that none depends on another's size.
 _HELD_OUT, _TRAIN, _TEST = 1, 2, 3
 
@@ -138,7 +138,7 @@ def _choose_train(source: Source, data: DataSpec, seed: int) -> tuple[Indices, I
     """Indices of the train and of the held-out images."""
     num_held_out = data.held_out_samples
     if num_held_out is None:
-        num_held_out = min(max(1, source.num_images // 10), _MAX_HELD_OUT_BY_DEFAULT)
+        num_held_out = min(max(1, source.num_images // 10), MAX_HELD_OUT_BY_DEFAULT)
     num_train = data.train_samples or max(1, source.num_images - num_held_out)
     if num_train + num_held_out > source.num_images:
         train_asked = data.train_samples or "at least 1"

@@ -10,9 +10,11 @@ from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, num_at_once, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
+from dcq_ray.phases.footprint import Footprint, dump_footprint, section_footprint
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
+from dcq_ray.phases.outlook import Outlook, outlook, scaled
 from dcq_ray.phases.polish import polish_reached
 from dcq_ray.phases.predict import Prediction, SampleCounts, longest_first, predict, sample_counts
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
@@ -40,7 +42,9 @@ __all__ = [
     "DumpedSlice",
     "Emit",
     "Finished",
+    "Footprint",
     "Network",
+    "Outlook",
     "Prediction",
     "Prepared",
     "Rules",
@@ -56,6 +60,7 @@ __all__ = [
     "checkpoint_store",
     "choose_device",
     "collect",
+    "dump_footprint",
     "dump_slices",
     "finish",
     "ignore_progress",
@@ -72,6 +77,7 @@ __all__ = [
     "open_network",
     "open_run",
     "open_splits",
+    "outlook",
     "part_top1",
     "plan_job",
     "plan_notes",
@@ -86,9 +92,11 @@ __all__ = [
     "run_local",
     "sample_counts",
     "saved_tick",
+    "scaled",
     "section_done",
     "section_failed",
     "section_failure",
+    "section_footprint",
     "section_objective",
     "section_tasks",
     "train_section",

@@ -195,8 +195,11 @@ def dump_slices(
                         boundary, rows = stored[number]
                         where = boundary_store(context, boundary).location(shard_name(index))
                         _put(boundary, rows, start, value, where)
-            for boundary, rows in stored.values():
+            while stored:
+                # Each shard's rows are let go as it is written, before the next slice asks for its own.
+                boundary, rows = stored.pop(next(iter(stored)))
                 _write(context, boundary, index, rows.numpy())
+                del rows
         yield DumpedSlice(index=index, num_samples=len(positions), cpu_seconds=time.process_time() - start_cpu_seconds)
 
 

@@ -13,14 +13,15 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dcq_ray.data import Part
 from dcq_ray.losses import loss_function
 from dcq_ray.partition import cut, trace_teacher
+from dcq_ray.phases.memory import keep_freed_memory
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
-from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
+from dcq_ray.quantizers import activation_starts, fit_num_bytes, fit_weights, put_quantizers
 from dcq_ray.records import PartitionPlan
 from dcq_ray.section import Training
 from dcq_ray.spec import Job
@@ -29,9 +30,9 @@ from dcq_ray.teacher import Teacher
 T = TypeVar("T")
 
 NUM_STEPS = 3
-# Most of a fit's seconds are the search for levels, whatever the number of images; each more of them goes through the teacher's
-# section and the student's, and its windows are multiplied.
-FIT_SAMPLES, FIT_PASSES = 32, 4
+# A fit is tried on a batch, and on so many where batches are smaller; of its seconds those grow with the number of images in which
+# it sees them.
+FIT_SAMPLES = 32
 # Of the largest boundary in a trial.
 MAX_TRIAL_BYTES = 2**29
 
@@ -48,6 +49,10 @@ class SectionCosts:
     """Of one step of a training: forward, loss, backward, update."""
     start_seconds: float
     """Of the fit of quantized weights, where the job has one."""
+    kept_bytes: int = 0
+    """What a step of a full batch keeps for its backward pass, parameters apart."""
+    moments_bytes: int = 0
+    """What a fit of the section's largest layer holds of its inputs' moments."""
 
 
 def try_sections(
@@ -55,6 +60,8 @@ def try_sections(
 ) -> tuple[SectionCosts, ...]:
     """Try every section of a plan on a few train images; the teacher stays as it is, and nothing is written."""
     torch.set_num_threads(job.train.num_threads)
+    # As workers do: else the first passes pay for memory that later ones find.
+    keep_freed_memory()
     traced = trace_teacher(teacher.module, torch.zeros(2, *plan.input_shape))
     sections = cut(traced, plan.cuts, copied=True)
     largest_bytes = max(4 * math.prod(boundary.shape) for boundary in plan.boundaries)
@@ -75,14 +82,17 @@ def _try_section(
     num_stepped = min(batch_size, num_rows)
     outputs, forward_seconds = _timed(lambda: _forward(section, inputs, job.data.batch_size), device)
     _, store_seconds = _timed(lambda: _store(outputs, job.storage.dtype), device)
-    student, start_seconds = _started(job, plan, index, section, inputs, forward_seconds / num_rows, device)
+    student, start_seconds = _started(job, plan, index, section, inputs, device)
+    # Where fewer rows fit into memory than a batch has, theirs stand for it.
+    times = batch_size / num_stepped
+    step_seconds, kept_bytes = _step_costs(job, student, inputs[:num_stepped], outputs[:num_stepped], device)
     return outputs, SectionCosts(
         forward_seconds=forward_seconds / num_rows,
         store_seconds=store_seconds / num_rows,
-        # Where fewer rows fit into memory than a batch has, their seconds stand for it.
-        step_seconds=_step_seconds(job, student, inputs[:num_stepped], outputs[:num_stepped], device)
-        * (batch_size / num_stepped),
+        step_seconds=step_seconds * times,
         start_seconds=start_seconds,
+        kept_bytes=math.ceil(kept_bytes * times),
+        moments_bytes=fit_num_bytes(student, job.data.batch_size) if job.train.start == "fitted" else 0,
     )
 
 
@@ -107,28 +117,33 @@ def _started(
     index: int,
     section: GraphModule,
     inputs: Tensor,
-    forward_seconds: float,
     device: torch.device,
 ) -> tuple[GraphModule, float]:
-    """A student section, and the seconds that its fit on all its samples would take; `forward_seconds`: of one sample."""
+    """A student section, and the seconds that its fit on all its samples would take."""
     student: GraphModule = copy.deepcopy(section)
     layers = plan.sections[index].layers
     put_quantizers(student, layers, activation_starts(student, layers, [inputs[: job.data.batch_size].clone()]))
     if job.train.start != "fitted":
         return student, 0.0
-    count = min(FIT_SAMPLES, len(inputs))
+    count = min(max(FIT_SAMPLES, job.data.batch_size), len(inputs))
     rows = [batch.clone() for batch in _batches(inputs[:count], job.data.batch_size)]
 
-    def fit() -> None:
-        fit_weights(copy.deepcopy(student), section, [(row, row) for row in rows], seed=job.seed)
-
-    _, seconds = _timed(fit, device)
+    fits, seconds = _timed(
+        lambda: fit_weights(
+            copy.deepcopy(student), section, [(row, row) for row in rows], seed=job.seed, clock=_clock(device)
+        ),
+        device,
+    )
     fitting = max(1, MAX_START_INPUT_BYTES // (4 * math.prod(plan.boundaries[index].shape)))
     num_samples = min(fitting, job.train.start_samples, plan.boundaries[0].num_samples)
-    return student, seconds + max(0, num_samples - count) * FIT_PASSES * forward_seconds
+    seeing = sum(fit.seconds_seeing for fit in fits)
+    return student, seconds + max(0, num_samples - count) / count * seeing
 
 
-def _step_seconds(job: Job, student: GraphModule, inputs: Tensor, targets: Tensor, device: torch.device) -> float:
+def _step_costs(
+    job: Job, student: GraphModule, inputs: Tensor, targets: Tensor, device: torch.device
+) -> tuple[float, int]:
+    """Seconds of a step, and the bytes that it keeps for its backward pass."""
     training = Training(
         student,
         settings=job.train,
@@ -138,19 +153,39 @@ def _step_seconds(job: Job, student: GraphModule, inputs: Tensor, targets: Tenso
         what="a trial",
     )
     if not training.total:
-        return 0.0
+        return 0.0, 0
     training.train()
     # The first step allocates what later ones use again.
-    training.step(inputs.clone(), targets)
+    kept_bytes = kept_by(lambda: training.step(inputs.clone(), targets), student)
     return statistics.median(
         _timed(lambda: training.step(inputs.clone(), targets), device)[1] for _ in range(NUM_STEPS)
-    )
+    ), kept_bytes
+
+
+def kept_by(step: Callable[[], object], module: nn.Module) -> int:
+    """Bytes of the tensors that a step keeps for its backward pass, each once, the module's own parameters and buffers apart."""
+    own = {value.untyped_storage().data_ptr() for value in (*module.parameters(), *module.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        step()
+    return sum(found.values())
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    # On one CPU thread that of the processor, whose seconds are the same whatever else the machine does.
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _timed(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What the work gives, and its seconds."""
-    # On one CPU thread those of the processor, which are the same whatever else the machine does.
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = _clock(device)
     started = clock()
     value = work()
     if device.type == "cuda":

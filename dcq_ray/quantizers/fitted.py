@@ -10,7 +10,8 @@ networks (`walk`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch.nn.utils import parametrize
 from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
-from dcq_ray.quantizers.moments import Seen, moments_of
+from dcq_ray.quantizers.moments import Moments, moments_num_bytes, moments_of
 from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, layer_weight
-from dcq_ray.quantizers.sums import Summand, summands
+from dcq_ray.quantizers.sums import summands
 from dcq_ray.quantizers.walk import Walk
 
 # Of activations, of both networks together; where more are live, they are computed again.
@@ -50,10 +51,17 @@ class LayerFit:
     error_before: float
     """Mean squared error over variance (without a bias or BatchNorm: mean square) of the layer's outputs, at nearest levels."""
     error_after: float
+    seconds_seeing: float
+    """Of passes and moments, which grow with the number of images; the search for levels does not."""
 
 
 def fit_weights(
-    student: GraphModule, teacher: GraphModule, batches: Iterable[tuple[Tensor, Tensor]], *, seed: int
+    student: GraphModule,
+    teacher: GraphModule,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    seed: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
 
@@ -66,6 +74,7 @@ def fit_weights(
         teacher: in eval mode, of the same graph.
         batches: inputs [B, ...] of the student and of the teacher, from the same images.
         seed: of the places that take part.
+        clock: by which the seconds are told.
     """
     kept = list(batches)
     modules, done = dict(teacher.named_modules()), set()
@@ -99,9 +108,20 @@ def fit_weights(
                 walk.inputs_of(calls[name], beside=None if summand is None else nodes[summand.other])
                 for walk, calls, nodes in zip(walks, (ours, theirs), named, strict=True)
             ]
-            fit = _fit_layer(layer, modules[name], zip(*pairs, strict=True), summand, name in free, seed, name)
+            started = clock()
+            moments = moments_of(layer, modules[name], zip(*pairs, strict=True), summand, seed)
+            seconds = clock() - started
+            fit = None if moments is None else _fit_layer(layer, modules[name], moments, name in free)
             if fit is not None:
-                fits.append(fit)
+                errors_before, errors_after = fit
+                fits.append(
+                    LayerFit(
+                        module=name,
+                        error_before=errors_before,
+                        error_after=errors_after,
+                        seconds_seeing=seconds,
+                    )
+                )
     for name, module in student.named_modules():
         module.training = modes[name]
     for name, norm in norms.items():
@@ -110,19 +130,15 @@ def fit_weights(
     return tuple(fits)
 
 
-def _fit_layer(
-    layer: Any,
-    teacher_layer: nn.Module,
-    inputs: Iterable[tuple[Seen, Seen]],
-    summand: Summand | None,
-    scale_free: bool,
-    seed: int,
-    name: str,
-) -> LayerFit | None:
-    """Fit one layer; None where there is nothing to gain: a scale or the outputs are all 0."""
-    moments = moments_of(layer, teacher_layer, inputs, summand, seed)
-    if moments is None:
-        return None
+def fit_num_bytes(student: GraphModule, batch_size: int) -> int:
+    """What the fit of a student's largest layer takes beside the activations, on batches of so many images."""
+    layers: list[Any] = [layer for layer in student.modules() if parametrize.is_parametrized(layer, "weight")]
+    fitted = [layer for layer in layers if _fittable(layer, layer.parametrizations["weight"][0])]
+    return max((moments_num_bytes(layer, batch_size) for layer in fitted), default=0)
+
+
+def _fit_layer(layer: Any, teacher_layer: nn.Module, moments: Moments, scale_free: bool) -> tuple[float, float] | None:
+    """Fit one layer, and give its error before and after; None where there is nothing to gain: a scale or all outputs are 0."""
     centred = scale_free or layer.bias is not None
     square, cross, variance = moments.centred() if centred else moments.plain()
     square, cross = _shrunk(square, cross, layer_weight(teacher_layer).detach().flatten(1), moments.num_samples)
@@ -157,7 +173,7 @@ def _fit_layer(
         after, new_error = before, old_error
     if layer.bias is not None:
         layer.bias.copy_(layer.bias + moments.mean_shift(after))
-    return LayerFit(module=name, error_before=1 + old_error / total, error_after=1 + new_error / total)
+    return 1 + old_error / total, 1 + new_error / total
 
 
 def _shrunk(square: Tensor, cross: Tensor, rows: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -94,6 +94,17 @@ def moments_of(
     return Moments(inputs=inputs, products=products, wanted=wanted, crosses=crosses, squares=squares, num_samples=count)
 
 
+def moments_num_bytes(layer: nn.Module, batch_size: int) -> int:
+    """What the moments of a layer take while they are made and used: at most five copies in float64, and a batch's windows.
+
+    The windows of both networks are in float32, each once as they are gathered and once as they lie.
+    """
+    num_groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    num_rows, num_inputs = layer_weight(layer).flatten(1).shape
+    moments = 5 * 8 * num_inputs * (num_groups * num_inputs + num_rows)
+    return moments + 2 * 2 * 4 * batch_size * PLACES_PER_IMAGE * num_groups * num_inputs
+
+
 def _num_places(layer: nn.Module, value: Tensor) -> int:
     if isinstance(layer, nn.Conv2d):
         sizes = zip(value.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, _padding(layer), strict=True)

@@ -35,12 +35,13 @@ PAUSE_SECONDS = 2.0
 
 
 def train_alone(
-    session: RunSession, share: Share, took: Callable[[SectionResult], None]
+    session: RunSession, share: Share, took: Callable[[SectionResult], None], *, actor: Any = SectionActor
 ) -> tuple[list[SectionResult], list[SectionFailure]]:
     """Train the pending sections; those that run save themselves before an interrupted driver ends.
 
     Args:
         took: called with every result as it is committed.
+        actor: what trains a section, where it is not trained in earnest.
     """
     results: dict[int, SectionResult] = dict(session.reused)
     failures: list[SectionFailure] = []
@@ -75,7 +76,7 @@ def train_alone(
                 queue.remove(task)
                 num_restarts = attempts[task.index].num_restarts
                 name = shown_name(session.context, f"section-{task.index:02d}:try-{num_restarts + 1}")
-                worker = SectionActor.options(name=name, max_concurrency=3, **share.options).remote(context_ref)
+                worker = actor.options(name=name, max_concurrency=3, **share.options).remote(context_ref)
                 at_once = min(share.places, len(session.tasks))
                 running[worker.train.remote(task, at_once, num_restarts)] = (worker, task)
             if not running:
