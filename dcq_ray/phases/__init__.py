@@ -30,8 +30,9 @@ from dcq_ray.phases.session import (
 )
 from dcq_ray.phases.stream import Streamed, train_stream
 from dcq_ray.phases.stream_saving import restart_tick, saved_tick
-from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
+from dcq_ray.phases.train import activation_memory_bytes, needs_images, section_failure, section_tasks, train_section
 from dcq_ray.phases.trial import SectionCosts, try_sections
+from dcq_ray.phases.views import recomputes
 
 __all__ = [
     "FIT_DAYS",
@@ -66,6 +67,7 @@ __all__ = [
     "measure_sections",
     "measure_untrained",
     "measured_section",
+    "needs_images",
     "num_slices",
     "obtain_teacher",
     "open_network",
@@ -79,6 +81,7 @@ __all__ = [
     "predict",
     "prepare",
     "read_report",
+    "recomputes",
     "report_failure",
     "report_success",
     "restart_tick",
