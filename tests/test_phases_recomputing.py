@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,12 @@ from dcq_ray.phases import (
     open_run,
     run_local,
 )
+from dcq_ray.phases.predict import recomputed_passes
 from dcq_ray.phases.recomputing import made_ahead, recomputed_sources
 from dcq_ray.phases.train import needs_images, open_views
 from dcq_ray.phases.views import boundary_views, images_of_view
 from dcq_ray.records import Progress, RunReport
+from dcq_ray.remote import run_remote
 
 CPU = torch.device("cpu")
 
@@ -115,6 +118,10 @@ def test_sources_are_the_teacher_on_the_images_and_readers_may_work_in_place(
     document = document_of(job_document, tmp_path, "a", "recomputed", augment={"crop_padding": 1})
     with opened(document, tmp_path) as (context, splits, network), contextlib.ExitStack() as stack:
         assert needs_images(context, 1)
+        # Section k runs the teacher to its own end.
+        first, second, third = (section.multiply_accumulates for section in context.plan.sections)
+        passes = (3 * first + 2 * second + third) / (first + second + third)
+        assert recomputed_passes(context.plan, context.job) == pytest.approx(passes)
         positions = np.array([5, 3, 200, 4])
         views = open_views(context, 1, splits, CPU, 0, stack, network)
         assert len(views) == 3
@@ -178,3 +185,25 @@ def test_what_fails_in_the_thread_fails_where_batches_are_taken() -> None:
     with pytest.raises(ValueError, match="no more"):
         next(ahead)
     assert list(made_ahead(iter([4, 5]), num_threads=1)) == [4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("inputs", ["teacher", "student"])
+def test_ray_and_in_process_give_the_same_student(job_document: dict[str, Any], tmp_path: Path, inputs: str) -> None:
+    augment = {"crop_padding": 1}
+    here, there = (
+        document_of(job_document, tmp_path, name, "recomputed", augment=augment, inputs=inputs) for name in ("a", "b")
+    )
+    local = run(here, tmp_path)
+    remote = run_remote(
+        resolve_job(there, source="test"),
+        str(tmp_path),
+        address="local",
+        environment=os.environ,
+        emit=ignore_progress,
+        say=lambda _: None,
+        owner="test",
+    )
+    assert remote.student == local.student
+    assert not shard_files(tmp_path)
