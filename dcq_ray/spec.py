@@ -77,7 +77,8 @@ class AugmentSpec(SpecModel):
     """Augmented views of the train images, each dumped once and seen by every `views`-th epoch."""
 
     views: PositiveInt = 2
-    """Each takes a dump, and the disk space of one; as many as epochs give every epoch a fresh view."""
+    """Each takes a dump, and the disk space of one; as many as epochs give every epoch a fresh view, and where
+    `storage.activations` is recomputed every epoch has one anyway."""
     flip: bool = True
     """Mirror every image left to right with probability one half."""
     crop_padding: Count = 4
@@ -269,6 +270,9 @@ class StorageSpec(SpecModel):
     """The run directory: a folder or a pyarrow.fs URI."""
     cache_dir: Text = "runs/.cache"
     """Boundaries and fitted teachers, shared between runs: a folder or a pyarrow.fs URI."""
+    activations: Literal["stored", "recomputed"] = "stored"
+    """stored: dumped once, read by every section; recomputed: nothing is dumped, and every section runs the teacher up to its
+    own end again for each of its batches, in float32. For activations that do not fit, and for fresh views in every epoch."""
     dtype: Literal["float16", "float32"] = "float16"
     compression: Literal["none", "zstd"] = "none"
     checkpoint_seconds: Rate = 30.0

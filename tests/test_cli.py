@@ -182,6 +182,18 @@ def test_plan_answers_for_data_and_machines_that_are_not_here(job_path: str, tmp
     assert "cost: " in text
 
 
+@pytest.mark.slow
+def test_a_plan_that_recomputes_activations_says_what_that_takes_and_needs_no_disk(job_path: str) -> None:
+    told = dcq("plan", job_path, "--set", "storage.activations=recomputed", "--set", "sections={count: 2}")
+    assert told.returncode == 0, told.stderr
+    assert re.search(r"all, recomputed: nothing is stored +│ +│ +0 B", told.stdout)
+    # The first section runs a part of the teacher, the second one all of it.
+    passes = re.search(r"together run ([\d.]+) passes of the teacher", " ".join(told.stdout.split()))
+    assert passes is not None
+    assert 1 <= float(passes[1]) <= 2
+    assert "workers: dump 0.0 s" in " ".join(told.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import SampleCounts, SectionCosts, predict
-from dcq_ray.phases.predict import FROZEN_SHARE, makespan, run_lower_bound, streamed_makespan
+from dcq_ray.phases.predict import FROZEN_SHARE, last_boundary, makespan, run_lower_bound, streamed_makespan
 from dcq_ray.spec import Job
 
 
@@ -52,6 +52,23 @@ def test_predictions_by_hand(job_document: dict[str, Any]) -> None:
     alone = 2 * (320 + 200 + 200 + 50) + 5 * 100
     assert found.reduce_seconds == pytest.approx(0.01 * (shared / 2 + alone))
     assert found.makespan_seconds == found.dump_seconds + found.train_seconds + found.reduce_seconds
+
+
+def test_recomputing_costs_the_teacher_up_to_a_sections_end_and_no_dump(job_document: dict[str, Any]) -> None:
+    costs = _costs(0.5, 0.2, 0.1)
+    stored, recomputed = (
+        predict(costs, _job({**job_document, "storage": {**job_document["storage"], "activations": each}}), COUNTS, 1)
+        for each in ("stored", "recomputed")
+    )
+    assert recomputed.dump_seconds == 0
+    assert recomputed.reduce_seconds == stored.reduce_seconds
+    # 30 steps of 32 and 2 x 256 to choose by through 1, 2, 3 sections; 320 for the start and 320 for BatchNorm through 0, 1, 2.
+    extra = [0.01 * ((960 + 512) * (index + 1) + 640 * index) for index in range(3)]
+    assert recomputed.section_seconds == pytest.approx(
+        [seconds + more for seconds, more in zip(stored.section_seconds, extra, strict=True)]
+    )
+    ahead = _job({**job_document, "storage": {"activations": "recomputed"}}, look_ahead=1)
+    assert [last_boundary(ahead, index, 3) for index in range(3)] == [2, 3, 3]
 
 
 def test_a_plain_start_and_a_plain_merge_cost_less(job_document: dict[str, Any]) -> None:

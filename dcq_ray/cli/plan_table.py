@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dcq_ray.phases import Footprint, Outlook, Prediction, SectionCosts, plan_notes
+from dcq_ray.phases import Footprint, Outlook, Prediction, SectionCosts, plan_notes, recomputes
 from dcq_ray.records import PartitionPlan
 from dcq_ray.report import layers_table, size, work_table
 from dcq_ray.spec import Job
@@ -37,10 +37,14 @@ def print_plan(plan: PartitionPlan, prediction: Prediction, job: Job, console: C
         )
     for boundary in plan.boundaries:
         shape = "x".join(str(extent) for extent in boundary.shape)
-        boundaries.add_row(str(boundary.index), boundary.cut, shape, size(boundary.num_bytes))
-    total = sum(boundary.num_bytes for boundary in plan.boundaries)
+        stored = "recomputed" if recomputes(job) else size(boundary.num_bytes)
+        boundaries.add_row(str(boundary.index), boundary.cut, shape, stored)
     boundaries.add_section()
-    boundaries.add_row("", f"all, {job.storage.dtype}, before compression", "", size(total))
+    if recomputes(job):
+        boundaries.add_row("", "all, recomputed: nothing is stored", "", size(0))
+    else:
+        total = sum(boundary.num_bytes for boundary in plan.boundaries)
+        boundaries.add_row("", f"all, {job.storage.dtype}, before compression", "", size(total))
     console.print(boundaries)
     console.print(layers_table(plan.layers))
     console.print(work_table(plan.multiply_accumulates_by_bits))

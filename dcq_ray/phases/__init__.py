@@ -32,8 +32,9 @@ from dcq_ray.phases.session import (
 )
 from dcq_ray.phases.stream import Streamed, train_stream
 from dcq_ray.phases.stream_saving import restart_tick, saved_tick
-from dcq_ray.phases.train import activation_memory_bytes, section_failure, section_tasks, train_section
+from dcq_ray.phases.train import activation_memory_bytes, needs_images, section_failure, section_tasks, train_section
 from dcq_ray.phases.trial import SectionCosts, try_sections
+from dcq_ray.phases.views import recomputes
 
 __all__ = [
     "FIT_DAYS",
@@ -72,6 +73,7 @@ __all__ = [
     "measure_untrained",
     "measured_section",
     "num_at_once",
+    "needs_images",
     "num_slices",
     "obtain_teacher",
     "open_network",
@@ -86,6 +88,7 @@ __all__ = [
     "predict",
     "prepare",
     "read_report",
+    "recomputes",
     "report_failure",
     "report_success",
     "restart_tick",

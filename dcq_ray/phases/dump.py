@@ -18,7 +18,7 @@ import torch
 from dcq_ray.data import Splits
 from dcq_ray.errors import DataError, ShardError, StorageError
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale
-from dcq_ray.phases.views import all_boundaries, images_of_view
+from dcq_ray.phases.views import all_boundaries, images_of_view, recomputes
 from dcq_ray.records import Boundary, Progress, RunContext, ShardInfo, ShardManifest
 from dcq_ray.shards import (
     check_storable,
@@ -95,7 +95,10 @@ def check_space(context: RunContext, missing: Sequence[Boundary]) -> None:
         for boundary in missing
     )
     free = open_store(context.cache_dir).free_bytes()
-    remedy = "free some, name another storage.cache_dir, use fewer data.train_samples or sections, or dtype float16"
+    remedy = (
+        "free some, name another storage.cache_dir, use fewer data.train_samples or sections, dtype float16, or nothing "
+        "stored (storage.activations: recomputed)"
+    )
     if free is not None and needed > free:
         raise StorageError(
             f"{context.cache_dir}: the boundaries' activations need {needed:,} bytes, but only {free:,} are free; {remedy}"
@@ -148,8 +151,8 @@ def dump_missing(
 
 
 def lease_boundaries(context: RunContext) -> None:
-    """Say in every boundary's folder that this run uses it."""
-    for boundary in all_boundaries(context):
+    """Say in every boundary's folder that this run uses it; one that recomputes its activations uses none."""
+    for boundary in () if recomputes(context.job) else all_boundaries(context):
         add_use(boundary_store(context, boundary), context.run_dir)
 
 

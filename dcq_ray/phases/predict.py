@@ -13,8 +13,8 @@ from dcq_ray.phases.reduce import MAX_ALONE_SAMPLES, MAX_BATCHNORM_SAMPLES
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.starting import NUM_COMPARED_SAMPLES
 from dcq_ray.phases.trial import SectionCosts
-from dcq_ray.phases.views import num_views
-from dcq_ray.records import SectionPlan
+from dcq_ray.phases.views import num_views, recomputes
+from dcq_ray.records import PartitionPlan, SectionPlan
 from dcq_ray.spec import Job
 
 # Of a step: forward, and backward to the inputs, but no gradients of weights, in the sections that look-ahead runs through.
@@ -64,10 +64,11 @@ def predict(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts, num_w
         cost.start_seconds
         + (step + FROZEN_SHARE * sum(steps[index + 1 : index + 1 + ahead])) * num_steps
         + cost.forward_seconds * num_forward
+        + (_recompute_seconds(costs, index, job, counts, num_steps * batch_size) if recomputes(job) else 0.0)
         for index, (cost, step) in enumerate(zip(costs, steps, strict=True))
     )
     per_sample = sum(cost.forward_seconds + cost.store_seconds for cost in costs)
-    dump_seconds = per_sample * counts.train * num_views(job) / num_workers
+    dump_seconds = 0.0 if recomputes(job) else per_sample * counts.train * num_views(job) / num_workers
     train_seconds = (
         makespan(seconds, num_workers)
         if job.train.inputs == "teacher"
@@ -82,6 +83,33 @@ def predict(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts, num_w
         reduce_seconds=reduce_seconds,
         makespan_seconds=dump_seconds + train_seconds + reduce_seconds,
     )
+
+
+def last_boundary(job: Job, index: int, num_sections: int) -> int:
+    """The last boundary that a section reads in training: its own end, or that of the last section that it looks ahead to."""
+    ahead = num_sections if job.train.look_ahead == "all" else job.train.look_ahead
+    return min(index + 1 + ahead, num_sections)
+
+
+def recomputed_passes(plan: PartitionPlan, job: Job) -> float:
+    """How many passes of the whole teacher it takes to recompute all that all sections read for one image, by MACs."""
+    macs = [section.multiply_accumulates for section in plan.sections]
+    read = sum(sum(macs[: last_boundary(job, index, len(macs))]) for index in range(len(macs)))
+    return read / max(1, sum(macs))
+
+
+def _recompute_seconds(
+    costs: Sequence[SectionCosts], index: int, job: Job, counts: SampleCounts, num_sample_passes: int
+) -> float:
+    """Of the teacher's own sections, run for what a section reads: of all samples its inputs, of most its targets too."""
+    forward = [cost.forward_seconds for cost in costs]
+    num_inputs, num_whole = 0, num_sample_passes
+    if job.train.start == "fitted":
+        num_inputs += min(job.train.start_samples, counts.train)
+        num_whole += 2 * min(NUM_COMPARED_SAMPLES, counts.train)
+    if job.reduce.reestimate_batchnorm:
+        num_inputs += min(CALIBRATION_SAMPLES, counts.train)
+    return num_inputs * sum(forward[:index]) + num_whole * sum(forward[: last_boundary(job, index, len(forward))])
 
 
 def _measuring_seconds(costs: Sequence[SectionCosts], job: Job, counts: SampleCounts) -> float:

@@ -9,9 +9,10 @@ from dataclasses import replace
 from dcq_ray.data import Splits
 from dcq_ray.digests import library_versions
 from dcq_ray.errors import SectionTrainingError
-from dcq_ray.phases.predict import run_lower_bound
+from dcq_ray.phases.predict import recomputed_passes, run_lower_bound
 from dcq_ray.phases.reduce import Finished, TestScores
 from dcq_ray.phases.session import RunSession, kept_baselines, run_digest, with_baselines, write_report
+from dcq_ray.phases.views import recomputes
 from dcq_ray.records import (
     PartitionPlan,
     PhaseCpuSeconds,
@@ -207,8 +208,14 @@ def _skipped(splits: Splits) -> list[str]:
 
 
 def plan_notes(plan: PartitionPlan, job: Job) -> tuple[str, ...]:
-    """What a plan leaves in full precision although the job asks for bits, in sentences."""
+    """What a plan leaves in full precision although the job asks for bits, and what it recomputes, in sentences."""
     notes = []
+    if recomputes(job):
+        notes.append(
+            "Activations are recomputed, none are stored: for every image of an epoch all sections together run "
+            f"{recomputed_passes(plan, job):.1f} passes of the teacher, by multiply-accumulates; a dump would take one for "
+            "each view of the images."
+        )
     if plan.unquantized_parameters:
         notes.append(
             f"Not quantized, since not the weight of a Conv or Linear layer: {_some(plan.unquantized_parameters)}: "

@@ -14,10 +14,11 @@ from dcq_ray.phases.prepare import Prepared
 from dcq_ray.phases.reduce import test_key
 from dcq_ray.phases.saving import remove_checkpoints
 from dcq_ray.phases.train import section_boundaries
-from dcq_ray.phases.views import all_boundaries
+from dcq_ray.phases.views import all_boundaries, recomputes
 from dcq_ray.records import (
     BaselineReport,
     Boundary,
+    Progress,
     RunContext,
     RunReport,
     SectionResult,
@@ -96,7 +97,13 @@ class RunSession:
             remove_checkpoints(self.context, task.index)
 
     def dump(self, run_slices: Callable[[Sequence[Boundary]], Iterable[DumpedSlice]]) -> None:
-        """Dump the boundaries on which pending sections train, where the cache lacks them, and keep what that cost."""
+        """Dump the boundaries on which pending sections train, where the cache lacks them, and keep what that cost.
+
+        Where sections recompute them there is nothing to dump.
+        """
+        if recomputes(self.context.job):
+            self.emit(Progress(phase="dump", state="done", detail="nothing is stored: sections recompute activations"))
+            return
         needed = {boundary.digest for task in self.pending for boundary in section_boundaries(self.context, task.index)}
         wanted = [boundary for boundary in all_boundaries(self.context) if boundary.digest in needed]
         started = time.monotonic()
@@ -108,7 +115,7 @@ class RunSession:
 
     def dump_cost(self) -> DumpCost:
         """What the dump of this plan cost."""
-        content = self.store.read_bytes_or_none(DUMP_FILE)
+        content = None if recomputes(self.context.job) else self.store.read_bytes_or_none(DUMP_FILE)
         if content is not None:
             with contextlib.suppress(ValueError):
                 found = unseal_json(DumpCost, content)

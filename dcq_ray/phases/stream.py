@@ -176,7 +176,7 @@ class _Trainee:
         self._steps_left = clock.num_steps - clock.steps_before(task.index, start_tick)
         self._views: list[list[Source]] = []
         if result is None or task.index == 0:
-            self._views = open_views(context, task.index, splits, device, memory_bytes, stack)
+            self._views = open_views(context, task.index, splits, device, memory_bytes, stack, network)
         self._training: Training | None = None
         if result is not None:
             self._module: nn.Module = trained_section(context, result, network).to(device)

@@ -1,4 +1,4 @@
-"""Train: one quantized section on the stored activations of its two boundaries, alone.
+"""Train: one quantized section on the teacher's activations at its two boundaries, alone.
 
 A worker knows nothing of the other sections. It goes on from the newest whole checkpoint of its task. What it commits is an
 attempt folder with the weights and, written last, the result that names it; a worker whose driver was replaced commits
@@ -13,7 +13,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
 from dcq_ray.errors import DcqError, ShardError, StorageError
 from dcq_ray.phases.context import WEIGHTS_FILE, Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.objective import objective_loss, section_objective
+from dcq_ray.phases.recomputing import made_ahead, recomputed_sources
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, remove_checkpoints
 from dcq_ray.phases.sources import Source, boundary_source, first_batches, label_source, with_noise
 from dcq_ray.phases.starting import better_of, student_section
-from dcq_ray.phases.views import boundary_views
+from dcq_ray.phases.views import boundary_views, recomputes
 from dcq_ray.quantizers import put_quantizers
 from dcq_ray.records import (
     Boundary,
@@ -77,6 +78,9 @@ def section_tasks(context: RunContext) -> tuple[SectionTask, ...]:
             "device": context.device,
             "versions": library_versions(),
         }
+        if recomputes(job):
+            # In float32, and of other batches than the dump's: equal to what is stored but for rounding.
+            content["activations"] = "recomputed"
         tasks.append(SectionTask(index=section.index, digest=json_sha256(content)))
     return tuple(tasks)
 
@@ -135,7 +139,7 @@ def train_section(
     """Train one section to the end, from the newest whole checkpoint where there is one, and commit its result.
 
     Args:
-        splits: needed only where the last section learns from labels.
+        splits: needed only where `needs_images` says so.
         memory_bytes: activations that fit are kept in (GPU) memory; the result is the same either way.
         restarts: how many workers on this task died under this driver.
         request: asked at every step whether somebody wants a checkpoint at once.
@@ -160,7 +164,7 @@ def train_section(
         return saver.before.seconds + seconds, saver.before.cpu_seconds + cpu_seconds
 
     with contextlib.ExitStack() as stack:
-        views = open_views(context, task.index, splits, device, memory_bytes, stack)
+        views = open_views(context, task.index, splits, device, memory_bytes, stack, network)
         inputs, read = views[0][0], time.monotonic()
         module = student_section(context, task.index, network, inputs, device, resumed=saver.start is not None)
         begun = time.monotonic()
@@ -169,6 +173,15 @@ def train_section(
         window = SHARDS_PER_WINDOW * samples_per_shard(job.data.batch_size)
 
         def batches(epoch: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+            read_batches = batches_in_order(epoch)
+            if not recomputes(job):
+                return read_batches
+            ahead = made_ahead(read_batches, num_threads=job.train.num_threads)
+            # An error leaves the loop over the batches before their end, and its traceback keeps them.
+            stack.callback(ahead.close)
+            return ahead
+
+        def batches_in_order(epoch: int) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
             order = sample_order(inputs.num_samples, window=window, seed=job.seed, section=task.index, epoch=epoch)
             sources = views[epoch % len(views)]
             generator = torch.Generator().manual_seed(noise_seed(job.seed, task.index, epoch))
@@ -320,8 +333,13 @@ def section_views(context: RunContext, index: int) -> tuple[tuple[Boundary, ...]
 
 
 def section_boundaries(context: RunContext, index: int) -> tuple[Boundary, ...]:
-    """All stored boundaries, of every view, that a section reads."""
+    """All boundaries, of every view, that a section reads."""
     return tuple(boundary for view in section_views(context, index) for boundary in view)
+
+
+def needs_images(context: RunContext, index: int) -> bool:
+    """Whether a section's training reads the images or their labels themselves."""
+    return recomputes(context.job) or section_objective(context, index).labels
 
 
 def open_views(
@@ -331,14 +349,24 @@ def open_views(
     device: torch.device,
     memory_bytes: int,
     stack: contextlib.ExitStack,
+    network: Network | None = None,
 ) -> list[list[Source]]:
-    """For each view of the images what a section reads: its input, then its targets; open until the stack is closed."""
+    """For each view of the images what a section reads: its input, then its targets; open until the stack is closed.
+
+    Where they are recomputed it takes the images and the network.
+    """
     views = section_views(context, index)
     share = memory_bytes // (len(views) * len(views[0]))
+
+    def opened_view(view: Sequence[Boundary]) -> list[Source]:
+        if not recomputes(context.job):
+            return [boundary_source(context, boundary, device, share, stack) for boundary in view]
+        assert network is not None
+        assert splits is not None
+        return recomputed_sources(context, view, network, splits, device)
+
     labels = [label_source(splits, device)] if section_objective(context, index).labels else []
-    opened = [
-        [*(boundary_source(context, boundary, device, share, stack) for boundary in view), *labels] for view in views
-    ]
+    opened = [[*opened_view(view), *labels] for view in views]
     counts = sorted({source.num_samples for sources in opened for source in sources})
     if len(counts) > 1:
         raise ShardError(

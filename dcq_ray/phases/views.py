@@ -17,10 +17,20 @@ from dcq_ray.records import Boundary, RunContext
 from dcq_ray.spec import Job
 
 
+def recomputes(job: Job) -> bool:
+    """Whether sections run the teacher again for what they read, and nothing is dumped."""
+    return job.storage.activations == "recomputed"
+
+
 def num_views(job: Job) -> int:
-    """How many dumps of the train images the sections train on; epochs take them in turn."""
-    augment = job.train.augment
-    return 1 if augment is None else max(1, min(augment.views, job.train.epochs))
+    """How many views of the train images the sections train on; epochs take them in turn.
+
+    Each is a dump; where nothing is dumped, every epoch has its own.
+    """
+    augment, epochs = job.train.augment, job.train.epochs
+    if augment is None:
+        return 1
+    return max(1, epochs if recomputes(job) else min(augment.views, epochs))
 
 
 def boundary_views(context: RunContext) -> tuple[tuple[Boundary, ...], ...]:

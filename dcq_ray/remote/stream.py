@@ -25,13 +25,13 @@ from dcq_ray.phases import (
     Streamed,
     activation_memory_bytes,
     choose_device,
+    needs_images,
     open_network,
     open_splits,
     restart_tick,
     saved_tick,
     section_done,
     section_failed,
-    section_objective,
     train_stream,
 )
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
@@ -70,12 +70,12 @@ class StreamWorker:
         cap_gpu_memory()
         importable_from(context.job_folder)
         device = choose_device(context.device)
-        needs_labels = any(section_objective(context, task.index).labels for task in tasks)
+        reads_images = any(needs_images(context, task.index) for task in tasks)
         for outcome in train_stream(
             context,
             tasks,
             open_network(context),
-            open_splits(context) if needs_labels else None,
+            open_splits(context) if reads_images else None,
             emit=self._take_line,
             memory_bytes=activation_memory_bytes(context.job, device, num_at_once=num_at_once),
             receive=self._receive if tasks[0].index else None,

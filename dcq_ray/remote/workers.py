@@ -25,11 +25,11 @@ from dcq_ray.phases import (
     measure_sections,
     measure_untrained,
     measured_section,
+    needs_images,
     open_network,
     open_splits,
     polish_reached,
     section_failure,
-    section_objective,
     train_section,
 )
 from dcq_ray.records import (
@@ -119,12 +119,11 @@ class SectionWorker(Worker):
         cap_gpu_memory()
         importable_from(context.job_folder)
         try:
-            needs_labels = section_objective(context, task.index).labels
             return train_section(
                 context,
                 task,
                 open_network(context),
-                open_splits(context) if needs_labels else None,
+                open_splits(context) if needs_images(context, task.index) else None,
                 emit=self._take,
                 memory_bytes=activation_memory_bytes(
                     context.job, choose_device(context.device), num_at_once=num_at_once
