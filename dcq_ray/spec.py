@@ -234,6 +234,9 @@ class ReduceSpec(SpecModel):
 
     reestimate_batchnorm: bool = True
     """Recompute BatchNorm statistics on the stitched student's own activations."""
+    refit: bool = False
+    """Try every section fitted anew, on the teacher's activations and on the stitched student's own, in place of its training,
+    and take what is better on held-out images; no gradients, no labels."""
     rounds: Literal[1] = 1
     """Only 1: a section is trained once; `train.inputs: student` does better what rounds on the student's own inputs would."""
     polish_epochs: Count = 0

@@ -10,6 +10,7 @@ from dcq_ray.data import Splits
 from dcq_ray.partition import balanced_cuts
 from dcq_ray.phases.diagnosis import MAX_DIAGNOSED_SAMPLES, waterfall_steps
 from dcq_ray.phases.reduce import MAX_ALONE_SAMPLES, MAX_BATCHNORM_SAMPLES
+from dcq_ray.phases.refitting import MAX_JUDGED_SAMPLES
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.starting import NUM_COMPARED_SAMPLES
 from dcq_ray.phases.trial import SectionCosts
@@ -131,9 +132,14 @@ def _finish_seconds(costs: Sequence[SectionCosts], job: Job, counts: SampleCount
         num_passes += min(MAX_BATCHNORM_SAMPLES, counts.train)
         num_passes += 2 * counts.held_out if job.reduce.roll_back else 0
     waterfall = 2 * whole + sum(sum(forward[index + 1 :]) for index in waterfall_steps(len(forward)))
+    refits = 0.0
+    if job.reduce.refit:
+        # Two fits of each section, and each end tried in front of the sections behind.
+        tried = 2 * sum(sum(forward[index:]) for index in range(len(forward)))
+        refits = 2 * sum(cost.start_seconds for cost in costs) + tried * min(MAX_JUDGED_SAMPLES, counts.held_out)
     num_steps = job.reduce.polish_epochs * (counts.train // min(job.train.batch_size, counts.train))
     polish = sum(cost.step_seconds for cost in costs) * num_steps
-    return whole * num_passes + waterfall * min(MAX_DIAGNOSED_SAMPLES, counts.held_out) + polish
+    return whole * num_passes + waterfall * min(MAX_DIAGNOSED_SAMPLES, counts.held_out) + polish + refits
 
 
 def longest_first(sections: Sequence[SectionPlan]) -> list[SectionPlan]:

@@ -22,6 +22,7 @@ from dcq_ray.phases.diagnosis import diagnose
 from dcq_ray.phases.kept_merge import MERGED_FILE, merge_key, take_merge
 from dcq_ray.phases.polish import attempt_step, judge_of, polish, remove_polish
 from dcq_ray.phases.prepare import part_top1, teacher_top1
+from dcq_ray.phases.refitting import refit_sections
 from dcq_ray.phases.saving import SaveRequest
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.train import layer_identity, section_weights, trained_section
@@ -225,7 +226,12 @@ def finish(
         emit(Progress(phase="reduce", done=number, total=len(steps), unit="steps", detail=steps[number]))
 
     say(0)
-    states = [section_weights(context, result) for result in results]
+    refits: tuple[MergeStep, ...] = ()
+    if job.reduce.refit:
+        states, step = refit_sections(context, results, network, splits, device)
+        refits = (step,)
+    else:
+        states = [section_weights(context, result) for result in results]
     student = stitch(network.teacher.module, context.plan.layers, states)
     say(1)
     merged = _kept(context, student, splits)
@@ -260,7 +266,7 @@ def finish(
         test_top1=test_top1,
         validation=validation,
         diagnosis=diagnosis,
-        merge_steps=merged.steps,
+        merge_steps=(*refits, *merged.steps),
         seconds=merged.before.seconds + time.monotonic() - started,
         cpu_seconds=merged.before.cpu_seconds + time.process_time() - start_cpu_seconds,
     )
