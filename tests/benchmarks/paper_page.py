@@ -1,6 +1,6 @@
-"""The paper's table as a Markdown page: finished runs -> `jobs/paper/README.md`.
+"""The paper's table as a Markdown page: finished runs, and those kept before -> `jobs/paper/README.md` and `results.json`.
 
-python -m tests.benchmarks.paper_page runs/paper [--output jobs/paper/README.md]
+python -m tests.benchmarks.paper_page runs/paper [--output jobs/paper/README.md] [--kept jobs/paper/results.json]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .paper_kept import merged, read_kept, write_kept
 from .paper_results import VARIANTS, Network, Row, Run, Variant, compare, read_runs, table_rows
 
 TITLES: dict[Variant, str] = {"stitched": "stitched", "recipe": "default recipe"}
@@ -52,8 +53,8 @@ def page(runs: Sequence[Run]) -> str:
     told = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in sorted(versions.items()))
     parts = [
         "# The paper's networks, measured",
-        "Written by `tests/benchmarks/paper_page.py` from the runs' `report.json` files; `tests/benchmarks/paper_table.py` makes "
-        "the runs. Do not edit.",
+        "Written by `tests/benchmarks/paper_page.py` from the runs' `report.json` files, of which `results.json` keeps what is "
+        "shown; `tests/benchmarks/paper_table.py` makes the runs. Do not edit.",
         f"Runs of {' to '.join(dict.fromkeys((days[0], days[-1])))}; {told}.",
         "Top-1 on test images in percent, mean ± standard deviation over n seeds. Learning rates of both sides are the best of the "
         "same three factors of the job's own rate, and epochs of rivals the best, on held-out images; test images are touched "
@@ -188,18 +189,21 @@ def _rival_name(method: str, budget: str) -> str:
     return f"{METHODS[method]}, {BUDGETS[budget]}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; 1 where there is no run."""
     parser = argparse.ArgumentParser(description="Write the page of the paper's networks from finished runs.")
     parser.add_argument("root", type=Path, help="the batch's folder")
     parser.add_argument("--output", type=Path, default=Path("jobs/paper/README.md"))
-    options = parser.parse_args()
+    parser.add_argument("--kept", type=Path, default=Path("jobs/paper/results.json"), help="the runs of earlier batches")
+    options = parser.parse_args(arguments)
     runs = read_runs(options.root)
     if not runs:
         print(
             f"{options.root}: no finished run below it; make some with tests/benchmarks/paper_table.py", file=sys.stderr
         )
         return 1
+    runs = merged(read_kept(options.kept), runs)
+    write_kept(options.kept, runs)
     options.output.write_text(page(runs))
     print(options.output)
     return 0

@@ -139,12 +139,12 @@ def table_rows(runs: Iterable[Run]) -> list[Row]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_row_key(run.job), []).append(run)
+        groups.setdefault(row_key(run.job), []).append(run)
     rows = [_row(group) for group in groups.values()]
     return sorted(rows, key=lambda row: (row.network, row.data, row.weights, row.passes))
 
 
-def _row_key(job: dict[str, Any]) -> str:
+def row_key(job: dict[str, Any]) -> str:
     """All that rivals depend on, but for seed and learning rate: switches of DCQ's own do not make another row."""
     kept = {name: job[name] for name in ("quantize", "sections")}
     data = {name: value for name, value in job["data"].items() if name not in ("root", "batch_size", "download")}
@@ -210,8 +210,9 @@ def switches(job: dict[str, Any]) -> str:
     train = {name: value for name, value in job["train"].items() if value != plain.get(name) and name not in budget}
     merge = {
         name: job["reduce"][name]
-        for name, without in (("rounds", 1), ("polish_epochs", 0))
-        if job["reduce"][name] != without
+        for name, without in (("rounds", 1), ("refit", False), ("polish_epochs", 0))
+        # Jobs of before a switch was there have it off.
+        if job["reduce"].get(name, without) != without
     }
     told = [f"{name} {json.dumps(value)}" for name, value in {**train, **merge}.items()]
     return ", ".join(told) or "plain"
