@@ -16,7 +16,7 @@ from dcq_ray.digests import tensors_sha256
 from dcq_ray.errors import DcqError, StorageError
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import run_local
-from dcq_ray.phases.train import RESULT_FILE
+from dcq_ray.phases.committed import RESULT_FILE
 from dcq_ray.records import RunReport, SectionResult, ShardManifest, seal_json, unseal_json
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store

@@ -25,8 +25,8 @@ from dcq_ray.phases import (
     section_objective,
 )
 from dcq_ray.phases.objective import objective_loss
+from dcq_ray.phases.reading import open_views, section_boundaries
 from dcq_ray.phases.sources import with_noise
-from dcq_ray.phases.train import open_views, section_boundaries
 from dcq_ray.phases.views import boundary_views, images_of_view
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from dcq_ray.phases import (
     run_local,
 )
 from dcq_ray.phases.predict import recomputed_passes
+from dcq_ray.phases.reading import needs_images, open_views
 from dcq_ray.phases.recomputing import made_ahead, recomputed_sources
-from dcq_ray.phases.train import needs_images, open_views
 from dcq_ray.phases.views import boundary_views, images_of_view
 from dcq_ray.records import Progress, RunReport
 from dcq_ray.remote import run_remote

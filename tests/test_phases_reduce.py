@@ -12,7 +12,7 @@ import torch
 from dcq_ray.data import ordered_batches
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import measure_sections, open_network, open_run, run_local
-from dcq_ray.phases.train import section_weights
+from dcq_ray.phases.committed import section_weights
 from dcq_ray.quantizers import put_quantizers
 from dcq_ray.records import seal_json, unseal_json
 from dcq_ray.storage import open_store

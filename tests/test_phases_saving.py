@@ -25,9 +25,9 @@ from dcq_ray.phases import (
     run_local,
     saving,
 )
+from dcq_ray.phases.committed import section_weights
 from dcq_ray.phases.dump import boundary_store, commit_boundary, reusable_boundaries
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver, checkpoint_store
-from dcq_ray.phases.train import section_weights
 from dcq_ray.records import Boundary, Progress, RunContext, SectionResult, SectionTask
 from dcq_ray.section import TrainingState
 from dcq_ray.storage import current_epoch, hold_run, open_store

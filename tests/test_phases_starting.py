@@ -14,8 +14,8 @@ from torch.fx import GraphModule, symbolic_trace
 
 from dcq_ray.jobfile import resolve_job
 from dcq_ray.phases import ignore_progress, open_run, run_local, starting
+from dcq_ray.phases.committed import section_weights
 from dcq_ray.phases.starting import better_of, num_start_samples
-from dcq_ray.phases.train import section_weights
 from dcq_ray.records import RunReport
 
 

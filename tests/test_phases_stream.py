@@ -22,8 +22,8 @@ from dcq_ray.phases import (
     run_local,
     train_stream,
 )
+from dcq_ray.phases.committed import section_weights
 from dcq_ray.phases.stream_saving import StreamClock
-from dcq_ray.phases.train import section_weights
 from dcq_ray.records import Progress, SectionResult
 from dcq_ray.remote import run_remote
 

@@ -13,8 +13,8 @@ from benchmarks import scale, waiting
 from benchmarks.scale import Setting, Simulated, bound, efficiency_figures, job_of, samples_figures, waits_of
 
 from dcq_ray.phases import RunSession, checkpoint_positions, checkpoint_store, ignore_progress, open_run
+from dcq_ray.phases.committed import RESULT_FILE
 from dcq_ray.phases.context import section_store
-from dcq_ray.phases.train import RESULT_FILE
 from dcq_ray.records import SectionResult, unseal_json
 
 FOUND = Simulated(

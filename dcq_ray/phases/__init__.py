@@ -8,6 +8,7 @@ actor. The run directory is the state: a step whose valid result lies there is n
 
 from dcq_ray.phases.checkpoints import checkpoint_positions
 from dcq_ray.phases.collect import FIT_DAYS, UNSEEN_DAYS, Collected, Rules, collect
+from dcq_ray.phases.committed import section_failure, section_tasks
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, num_at_once, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.footprint import Footprint, dump_footprint, section_footprint
@@ -18,6 +19,7 @@ from dcq_ray.phases.outlook import Outlook, outlook, scaled
 from dcq_ray.phases.polish import polish_reached
 from dcq_ray.phases.predict import Prediction, SampleCounts, longest_first, predict, sample_counts
 from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job, planning_teacher, prepare
+from dcq_ray.phases.reading import needs_images
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
 from dcq_ray.phases.saving import SaveRequest, StopRequest, checkpoint_store
@@ -32,7 +34,7 @@ from dcq_ray.phases.session import (
 )
 from dcq_ray.phases.stream import Streamed, train_stream
 from dcq_ray.phases.stream_saving import restart_tick, saved_tick
-from dcq_ray.phases.train import activation_memory_bytes, needs_images, section_failure, section_tasks, train_section
+from dcq_ray.phases.train import activation_memory_bytes, train_section
 from dcq_ray.phases.trial import SectionCosts, try_sections
 from dcq_ray.phases.views import recomputes
 

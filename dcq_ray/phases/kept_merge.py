@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dcq_ray.data import Splits
 from dcq_ray.digests import json_sha256, library_versions, tensors_sha256
 from dcq_ray.errors import DcqError
-from dcq_ray.phases.train import layer_identity
+from dcq_ray.phases.committed import layer_identity
 from dcq_ray.records import LayerPlan, MergeStep, RunContext, seal_json, unseal_json
 from dcq_ray.storage import Store
 from dcq_ray.teacher import state_bytes, state_from_bytes

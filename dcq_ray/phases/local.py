@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from dcq_ray.errors import RunInterrupted, StaleRunError
+from dcq_ray.phases.committed import section_failure
 from dcq_ray.phases.context import Emit, Network, choose_device, num_at_once, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.opening import open_run
@@ -19,7 +20,7 @@ from dcq_ray.phases.saving import SaveRequest, StopRequest
 from dcq_ray.phases.session import RunSession
 from dcq_ray.phases.stream import train_stream
 from dcq_ray.phases.stream_saving import restart_tick
-from dcq_ray.phases.train import activation_memory_bytes, section_failure, train_section
+from dcq_ray.phases.train import activation_memory_bytes, train_section
 from dcq_ray.records import Boundary, Progress, RunReport, SectionFailure, SectionResult, SectionTask
 from dcq_ray.spec import Job
 

@@ -15,6 +15,7 @@ from dcq_ray.errors import DcqError, RunInterrupted
 from dcq_ray.inputs import INPUTS_FILE
 from dcq_ray.jobfile import job_yaml
 from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
+from dcq_ray.phases.committed import RESULT_FILE, finished_section, section_tasks
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import lease_boundaries, release_boundaries
 from dcq_ray.phases.kept_merge import MERGED_FILE, MERGED_TENSORS_FILE
@@ -32,7 +33,6 @@ from dcq_ray.phases.session import (
     write_report,
 )
 from dcq_ray.phases.status import STATUS_FILE, StatusFile
-from dcq_ray.phases.train import RESULT_FILE, finished_section, section_tasks
 from dcq_ray.records import (
     PartitionPlan,
     Progress,

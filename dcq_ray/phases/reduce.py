@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dcq_ray.data import Part, Splits, ordered_batches
 from dcq_ray.digests import json_sha256, tensors_sha256
 from dcq_ray.phases.checkpoints import Effort
+from dcq_ray.phases.committed import layer_identity, section_weights, trained_section
 from dcq_ray.phases.context import Emit, Network, choose_device, refuse_stale, section_store
 from dcq_ray.phases.diagnosis import diagnose
 from dcq_ray.phases.kept_merge import MERGED_FILE, merge_key, take_merge
@@ -25,7 +26,6 @@ from dcq_ray.phases.prepare import part_top1, teacher_top1
 from dcq_ray.phases.refitting import refit_sections
 from dcq_ray.phases.saving import SaveRequest
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
-from dcq_ray.phases.train import layer_identity, section_weights, trained_section
 from dcq_ray.phases.validating import student_sections, validate
 from dcq_ray.quantizers import activation_starts, bake, packed_num_bytes
 from dcq_ray.records import (

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dcq_ray.data import Part, Splits
+from dcq_ray.phases.committed import trained_section
 from dcq_ray.phases.context import Network
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
-from dcq_ray.phases.train import trained_section
 from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
 from dcq_ray.records import MergeStep, RunContext, SectionResult
 from dcq_ray.section import batch_statistics

@@ -11,9 +11,9 @@ from dcq_ray.digests import json_sha256
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import DumpedSlice, dump_missing
 from dcq_ray.phases.prepare import Prepared
+from dcq_ray.phases.reading import section_boundaries
 from dcq_ray.phases.reduce import test_key
 from dcq_ray.phases.saving import remove_checkpoints
-from dcq_ray.phases.train import section_boundaries
 from dcq_ray.phases.views import all_boundaries, recomputes
 from dcq_ray.records import (
     BaselineReport,

@@ -28,22 +28,15 @@ from torch import Tensor, nn
 
 from dcq_ray.data import Splits
 from dcq_ray.errors import SectionTrainingError, StorageError
+from dcq_ray.phases.committed import commit_section, finished_section, section_failure, trained_section
 from dcq_ray.phases.context import Emit, Network, choose_device, section_store
 from dcq_ray.phases.objective import objective_loss
+from dcq_ray.phases.reading import open_views
 from dcq_ray.phases.saving import Pace, SaveRequest, SectionSaver
 from dcq_ray.phases.sources import Source, with_noise
 from dcq_ray.phases.starting import student_section
 from dcq_ray.phases.stream_saving import SavingTicks, StreamClock, stream_clock
-from dcq_ray.phases.train import (
-    SHARDS_PER_WINDOW,
-    commit_section,
-    finished_section,
-    noise_seed,
-    open_views,
-    section_failure,
-    step_reporter,
-    trained_section,
-)
+from dcq_ray.phases.train import SHARDS_PER_WINDOW, noise_seed, step_reporter
 from dcq_ray.records import RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.section import Training, load_optimizers
 from dcq_ray.shards import sample_order, samples_per_shard

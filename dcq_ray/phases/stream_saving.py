@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from dcq_ray.errors import StorageError
 from dcq_ray.phases.checkpoints import checkpoint_at, checkpoint_positions
+from dcq_ray.phases.committed import finished_section
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.saving import Pace, SaveRequest, checkpoint_store
-from dcq_ray.phases.train import finished_section
 from dcq_ray.records import Progress, RunContext, SectionTask
 
 

@@ -15,11 +15,11 @@ import torch
 from dcq_ray.digests import json_sha256
 from dcq_ray.errors import UsageError
 from dcq_ray.phases import Emit, ignore_progress, num_at_once
+from dcq_ray.phases.committed import RESULT_FILE, section_weights
 from dcq_ray.phases.context import WEIGHTS_FILE, section_store
 from dcq_ray.phases.kept_merge import hand_on_merge, keep_merge, merge_key
 from dcq_ray.phases.polish import Judge, judge_of
 from dcq_ray.phases.reduce import MEASUREMENT_FILE, merge
-from dcq_ray.phases.train import RESULT_FILE, section_weights
 from dcq_ray.records import Progress, RunContext, seal_json, unseal_json
 from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
 from dcq_ray.search.library import Library

@@ -20,7 +20,7 @@ from dcq_ray.phases import (
     prepare,
     section_tasks,
 )
-from dcq_ray.phases.train import finished_section
+from dcq_ray.phases.committed import finished_section
 from dcq_ray.quantizers import packed_num_bytes
 from dcq_ray.records import Progress, RunContext, SectionMeasurement, SectionResult
 from dcq_ray.search.frontier import Choice

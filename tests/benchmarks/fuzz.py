@@ -39,9 +39,9 @@ from dcq_ray.jobfile import parse_job
 from dcq_ray.phases import open_run, run_local
 from dcq_ray.phases.changes import earlier_run
 from dcq_ray.phases.checkpoints import Checkpoint, newest_checkpoint, save_checkpoint
+from dcq_ray.phases.committed import finished_section
 from dcq_ray.phases.reduce import measured_section
 from dcq_ray.phases.session import read_report
-from dcq_ray.phases.train import finished_section
 from dcq_ray.records.json import SEAL, content_sha256
 from dcq_ray.report import print_report, report_html
 from dcq_ray.section import Training

@@ -194,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the page of the paper's networks from finished runs.")
     parser.add_argument("root", type=Path, help="the batch's folder")
     parser.add_argument("--output", type=Path, default=Path("jobs/paper/README.md"))
-    parser.add_argument("--kept", type=Path, default=Path("jobs/paper/results.json"), help="the runs of earlier batches")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("jobs/paper/results.json"), help="the runs of earlier batches"
+    )
     options = parser.parse_args(arguments)
     runs = read_runs(options.root)
     if not runs:
