@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -24,16 +25,21 @@ from dcq_ray.phases.reduce import STUDENT_FILE
 from dcq_ray.progress import Monitor, Style, open_monitor
 from dcq_ray.records import RunReport
 from dcq_ray.report import report_html
+from dcq_ray.report.words import verdict
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
 from dcq_ray.teacher import build_network, state_from_bytes
 
 SOURCE = "dcq_ray.quantize"
+PAGE_HEIGHT = "40rem"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Quantized:
-    """A finished run: its student in eval mode without gradients, its report, and where its files lie."""
+    """A finished run: its student in eval mode without gradients, its report, and where its files lie.
+
+    A notebook shows the report's page for it.
+    """
 
     student: nn.Module
     report: RunReport
@@ -44,6 +50,16 @@ class Quantized:
         """Write the student to a local file as `dcq-ray export` does, run on held-out images; raises ExportError."""
         student = open_student(open_store(self.run_dir), self.report, self.job, job_folder=_folder())
         return export_student(student, form, path)
+
+    def __repr__(self) -> str:
+        # The network, the curves and the digests would fill pages.
+        return f"Quantized(run_dir={self.run_dir!r}): {verdict(self.report)}"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that its style and the notebook's stay apart."""
+        style = f"width: 100%; height: {PAGE_HEIGHT}; border: 0"
+        page = escape(report_html(self.report), quote=True)
+        return f'<iframe title="Report of {escape(self.report.name, quote=True)}" style="{style}" srcdoc="{page}"></iframe>'
 
 
 def quantize(

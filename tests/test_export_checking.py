@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dcq_ray.errors import ExportError
-from dcq_ray.export.checking import LARGEST_TOLERANCE, MEAN_SQUARE_TOLERANCE, check_logits
+from dcq_ray.export.checking import LARGEST_TOLERANCE, MEAN_SQUARE_TOLERANCE, check_logits, check_report
+from dcq_ray.records import ValidationReport
 
 LOGITS = torch.tensor([[4.0, 0.0, -2.0], [0.0, 1.0, 0.5], [1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
 LABELS = torch.tensor([0, 1, 2, 2])
@@ -76,3 +77,42 @@ def test_one_nan_is_refused(steps_may_differ: bool) -> None:
     student[0] = torch.tensor([0.0, 1.0, 2.0])
     with pytest.raises(ExportError, match="differ"):
         check_logits(found, student, labels, steps_may_differ=steps_may_differ, source="s.onnx")
+
+
+def report_of(top1: float | None, num_samples: int = 4) -> ValidationReport:
+    return ValidationReport(
+        num_samples=num_samples,
+        top1=top1,
+        top5=None,
+        agreement_with_teacher=1.0,
+        boundary_errors=(),
+        teacher_top1=None,
+        metric=None,
+        teacher_metric=None,
+    )
+
+
+def test_a_student_that_gives_another_top1_than_its_report_is_refused() -> None:
+    labels = torch.tensor([0, 1, 2, 0])
+    logits = torch.nn.functional.one_hot(labels, 3).float()
+    check_report(logits, labels, report_of(1.0), on_cpu=True, source="s")
+    with pytest.raises(
+        ExportError, match=r"^s: got top-1 100\.0000% on 4 held-out images, expected the report's 75\.0000%"
+    ):
+        check_report(logits, labels, report_of(0.75), on_cpu=True, source="s")
+    # An image whose two greatest logits are the same but for noise may turn, as another device adds in another order.
+    logits[3] = torch.tensor([1.0, 1.0 - 1e-5, 0.0])
+    check_report(logits, labels, report_of(0.75), on_cpu=True, source="s")
+    with pytest.raises(ExportError, match=r"the report's 50\.0000%"):
+        check_report(logits, labels, report_of(0.5), on_cpu=True, source="s")
+    logits[3] = torch.tensor([1.0, 1.0 - 1e-2, 0.0])
+    check_report(logits, labels, report_of(0.75), on_cpu=False, source="s")
+    with pytest.raises(ExportError, match="held-out"):
+        check_report(logits, labels, report_of(0.75), on_cpu=True, source="s")
+
+
+def test_a_student_on_other_images_than_its_reports_is_refused() -> None:
+    logits = torch.eye(3)
+    with pytest.raises(ExportError, match="got 3 held-out images, expected the 4 of the report"):
+        check_report(logits, None, report_of(None), on_cpu=True, source="s")
+    check_report(logits, None, report_of(None, num_samples=3), on_cpu=True, source="s")

@@ -167,3 +167,26 @@ def test_a_program_gives_its_students_logits_for_any_batch(activations: dict[str
     extra = {METADATA: ""}
     torch.export.load(path, extra_files=extra)
     assert "small" in extra[METADATA]
+
+
+@pytest.mark.parametrize("activations", [{"scheme": "lsq", "bits": 1}, {"scheme": "pact", "bits": 4}])
+def test_a_program_takes_any_batch_of_large_inputs_too(activations: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    )
+    net, _, _ = student(net, weights={"scheme": "dorefa", "bits": 2}, activations=activations)
+    path = str(tmp_path / "student.pt2")
+    write_program(net, torch.randn(2, 3, 34, 34), path, metadata={})
+    # A quantizer that works in blocks would have fixed how many there are: 16 x 32 x 32 values an image, 65,536 a block.
+    batch = torch.randn(9, 3, 34, 34)
+    with torch.no_grad():
+        assert torch.equal(open_program(path)(batch), net(batch))
+
+
+def test_a_batch_that_a_program_does_not_take_is_told(tmp_path: Path) -> None:
+    net, _, _ = student(small_net(), weights={"scheme": "dorefa", "bits": 2})
+    path = str(tmp_path / "student.pt2")
+    write_program(net, images(2), path, metadata={})
+    with pytest.raises(ExportError, match=r"student\.pt2: the program cannot run images of shape \(2, 3, 9, 9\)"):
+        open_program(path)(torch.randn(2, 3, 9, 9))

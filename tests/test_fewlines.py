@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch.utils.data import TensorDataset
 
 import dcq_ray
 from dcq_ray.errors import JobError, UsageError
+from dcq_ray.report import report_html
+from dcq_ray.report.words import verdict
 
 README = Path(__file__).parents[1] / "README.md"
 SMALL: dict[str, Any] = {"train.batch_size": 32, "teacher.min_top1": 0}
@@ -69,6 +72,13 @@ def test_a_module_and_arrays_give_a_student_and_its_report(
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.get_num_threads() == num_threads
     assert "section 0 done" in capsys.readouterr().out
+    # What a notebook shows: one line where it shows text, else the page, escaped once.
+    assert repr(done) == f"Quantized(run_dir='runs/Sequential'): {verdict(done.report)}"
+    shown = re.fullmatch(
+        r'<iframe title="Report of Sequential" style="[^"]*" srcdoc="([^"]*)"></iframe>', done._repr_html_()
+    )
+    assert shown is not None
+    assert html.unescape(shown[1]) == report_html(done.report)
 
 
 def test_called_again_it_returns_what_is_finished_and_exports_it(

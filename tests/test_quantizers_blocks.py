@@ -43,3 +43,17 @@ def test_tensors_in_unlike_orders_or_with_gaps_come_whole() -> None:
         assert [len(part) for part in blocks(*tensors)] == [len(tensors)]
         ((first, *_),) = blocks(*tensors)
         assert first is tensors[0]
+
+
+def test_a_graph_that_is_recorded_has_no_blocks() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            result = torch.empty_like(value)
+            for out, part in blocks(result, value):
+                torch.mul(part, 2, out=out)
+            return result
+
+    sizes = {0: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(Doubled(), (torch.randn(2, NUM_VALUES // 4),), dynamic_shapes=(sizes,)).module()
+    value = torch.randn(9, NUM_VALUES // 4)
+    assert torch.equal(program(value), 2 * value)

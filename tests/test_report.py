@@ -32,7 +32,7 @@ from dcq_ray.records import (
 from dcq_ray.report import compare_reports, print_report, report_html, report_json
 from dcq_ray.report.advice import advice
 from dcq_ray.report.comparison import comparison_rows
-from dcq_ray.report.words import count, layer_rows, networks, size, verdict, work_rows
+from dcq_ray.report.words import count, curve, histogram, layer_rows, networks, size, time_rows, verdict, work_rows
 
 
 def section(index: int, **values: object) -> SectionReport:
@@ -232,7 +232,7 @@ def test_every_form_of_the_report_has_a_row_for_each_rival(report: RunReport) ->
     text, page = printed(several, 120), report_html(several)
     for name, top1 in expected:
         assert re.search(rf"{name} +{top1} +1000 B", text)
-        assert re.search(rf"{name}</td><td>{top1}</td>", page)
+        assert re.search(rf"{name}</th><td>{top1}</td>", page)
     kept = json.loads(report_json(several))["baselines"]
     assert [(rival["method"], rival["budget"], rival["budget_cpu_seconds"]) for rival in kept] == [
         ("dorefa", "passes", None),
@@ -314,8 +314,10 @@ def test_the_page_is_the_same_for_the_same_report(report: RunReport) -> None:
 
 
 def test_json_comes_back(report: RunReport) -> None:
-    assert from_json(RunReport, report_json(report).encode()) == report
-    assert json.loads(report_json(report))["gap_closed"] == 0.6667
+    document = json.loads(report_json(diagnosed(report)))
+    assert document.pop("advice") == advice(diagnosed(report))
+    assert from_json(RunReport, json.dumps(document).encode()) == diagnosed(report)
+    assert document["gap_closed"] == 0.6667
 
 
 def test_several_runs_side_by_side(report: RunReport) -> None:
@@ -363,13 +365,16 @@ def test_every_form_of_the_report_shows_where_accuracy_is_lost(report: RunReport
     text, page = printed(changed, 120), report_html(changed)
     for row in (("none", "97.0 %", ""), ("up to 0", "95.0 %", "-2.0"), ("up to 2", "92.0 %", "-1.0")):
         assert re.search(r" +".join(map(re.escape, filter(None, row))), text)
-        assert "</td><td>".join(row) in page
-    assert "25 % 50 % 25 %" in page
-    assert "0 of 64" in page
+        assert f"{row[0]}</th><td>{'</td><td>'.join(row[1:])}</td>" in page
+    for form in (text, page):
+        assert "25 % 50 % 25 %" in form
+        assert "0 of 64" in form
+    assert "▅█▅" in text
     assert "The score falls by 5.0 points from the teacher to the student" in page
     reader = Page()
     reader.feed(page)
-    assert reader.tags.count("svg") == len(reader.labels) == 4
+    assert reader.tags.count("svg") == len(reader.labels) == 5
+    assert "Histograms of the weights of 1 layers over their levels" in page
     assert json.loads(report_json(changed))["diagnosis"]["scores"] == [0.95, 0.93, 0.92]
 
 
@@ -407,9 +412,37 @@ def test_where_nothing_is_lost_the_advice_says_so(report: RunReport) -> None:
     assert advice(failed(report)) == []
 
 
-def test_the_page_tells_what_a_section_spent_its_seconds_on(report: RunReport) -> None:
+def test_every_form_of_the_report_tells_what_a_section_spent_its_seconds_on(report: RunReport) -> None:
     split = section(0, seconds=8.0, read_seconds=1.0, start_seconds=5.0, input_wait_seconds=0.5)
-    page = report_html(dataclasses.replace(report, sections=(split,)))
-    columns = re.findall(r"<th[^>]*>(.*?)</th>", page)
-    assert columns[columns.index("seconds") :][:4] == ["seconds", "reading", "starting", "waiting"]
-    assert [cell in page for cell in ("12.5 %", "62.5 %", "6.2 %")] == [True] * 3
+    row = ("0", "8.0", "62.5 %", "12.5 %", "6.2 %", "18.8 %", "cpu", "0")
+    assert time_rows([split, section(1, seconds=0.0)]) == [row, ("1", "0.0", *["-"] * 4, "cpu", "0")]
+    changed = dataclasses.replace(report, sections=(split,))
+    page = report_html(changed)
+    columns = re.findall(r"<th scope=.col.[^>]*>(.*?)</th>", page)
+    assert columns[-8:] == ["section", "seconds", "starting", "reading", "waiting", "computing", "device", "restarts"]
+    assert all(f">{cell}</" in page for cell in row)
+    assert re.search(" +".join(map(re.escape, row)), printed(changed))
+
+
+def test_curves_and_histograms_by_hand() -> None:
+    assert histogram([0.25, 0.5, 0.25]) == "▅█▅"
+    assert histogram([0.0, 1.0]) == "▁█"
+    assert histogram([]) == ""
+    # Losses 1, 0.1 and 0.01: evenly apart as logarithms.
+    assert curve(section(0), 60) == "█▅▁"
+    assert curve(section(0), 2) == "█▁"
+    flat = section(0, loss_curve=(LossPoint(step=1, loss=2.0), LossPoint(step=2, loss=2.0)))
+    assert curve(flat, 60) == "▁▁"
+    assert curve(section(0, loss_curve=()), 60) == "-"
+
+
+def test_rows_are_headed_and_tables_named_for_those_who_hear_them(report: RunReport) -> None:
+    page = report_html(diagnosed(report))
+    captions = re.findall(r'<caption id="([^"]+)">', page)
+    assert len(captions) == len(set(captions)) == page.count("<table>")
+    assert re.findall(r'role="region" aria-labelledby="([^"]+)" tabindex="0"', page) == captions
+    assert page.count('<th scope="row"') == page.count("<tr>") - len(captions)
+    # Headings go down one level at a time.
+    levels = [int(level) for level in re.findall(r"<h([1-6])", page)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}

@@ -1,4 +1,4 @@
-"""Whether an exported file gives what its student gives, on the run's held-out images.
+"""Whether a student gives what its report says, and an exported file what its student gives, on the run's held-out images.
 
 Two float32 programs for one network add in other orders. Over sums of thousands of terms and tens of layers that leaves about
 1e-6 to 1e-5 of the largest logit, and one wrong weight, a BatchNorm left out or a channel's scale on its neighbour leaves far
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dcq_ray.data import Part, ordered_batches
 from dcq_ray.errors import ExportError
+from dcq_ray.records import ValidationReport
 from dcq_ray.validate import agreement, top_k
 
 LARGEST_TOLERANCE = 1e-4
@@ -61,3 +62,36 @@ def check_logits(
             f"expected at most {bound:.0e}, which float32 explains; the file is not kept; choose another format"
         )
     return largest
+
+
+def check_report(
+    logits: Tensor, labels: Tensor | None, validation: ValidationReport, *, on_cpu: bool, source: str
+) -> None:
+    """Whether a student is on the held-out images what its report says.
+
+    As many images may have turned as have their two greatest logits within each other's noise: none, mostly, where the run
+    validated it on a processor as this one does, and a few where another kind of device did, with kernels of its own.
+
+    Args:
+        logits: of the student here [N, K], with labels [N] or None; `on_cpu`: the run had no other device.
+
+    Raises:
+        ExportError: other images, or another top-1 than the report's.
+    """
+    if len(logits) != validation.num_samples:
+        raise ExportError(
+            f"{source}: got {len(logits)} held-out images, expected the {validation.num_samples} of the report; the data set "
+            "has changed since, or --set changes it; bring it back, or run the job again"
+        )
+    if labels is None or validation.top1 is None:
+        return
+    found = top_k(logits, labels, 1)
+    noise = LARGEST_TOLERANCE * logits.abs().max() if on_cpu else MEAN_SQUARE_TOLERANCE * logits.square().mean().sqrt()
+    greatest = logits.topk(min(2, logits.shape[1]), dim=1).values
+    num_turned = round(abs(found - validation.top1) * len(logits))
+    num_near = int((greatest[:, 0] - greatest[:, -1] <= 2 * noise).sum())
+    if num_turned > num_near:
+        raise ExportError(
+            f"{source}: got top-1 {found:.4%} on {len(logits)} held-out images, expected the report's {validation.top1:.4%}; its "
+            "images, their preprocessing or the network's code have changed since; bring them back, or run the job again"
+        )

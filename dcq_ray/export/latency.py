@@ -38,7 +38,7 @@ def measure_deploy(student: Student, path: str, *, batch_sizes: Sequence[int] = 
     import onnx
     import onnxruntime
 
-    example = student.held_out.images(np.arange(min(2, len(student.held_out))))
+    example = student.example()
     with tempfile.TemporaryDirectory() as folder:
         teacher_path = str(Path(folder) / "teacher.onnx")
         network = build_network(student.job.teacher, job_folder=student.job_folder).to("cpu").eval()

@@ -31,6 +31,7 @@ from dcq_ray.quantizers.activations import level_range
 from dcq_ray.quantizers.modules import FrozenInputQuantizer
 from dcq_ray.records import LayerPlan
 from dcq_ray.records.deploy import UNPACKING
+from dcq_ray.version import __version__
 
 INT4_OPSET = 21
 INT2_OPSET = 25
@@ -102,9 +103,12 @@ def write_onnx(
             nodes += made
     for node in reversed(nodes):
         model.graph.node.insert(0, node)
+    _forget_sources(model)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
-    model.producer_name = "dcq-ray"
+    model.producer_name, model.producer_version = "dcq-ray", __version__
+    # The exporter's is older than the types of INT2 and INT4 are.
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(model.opset_import))
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.save_model(model, path)
@@ -190,6 +194,18 @@ def _float_model(network: nn.Module, example: Tensor, opset: int) -> Any:
         ) from error
     assert program is not None
     return program.model_proto
+
+
+def _forget_sources(model: Any) -> None:
+    """Leave out what the exporter notes of every node and value: lines of source, in the folders of who writes the file."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    for function in model.functions:
+        for part in (function, *function.node, *function.value_info):
+            part.ClearField("metadata_props")
+            part.ClearField("doc_string")
 
 
 def _translated(value: Any, step: float, low: int, high: int) -> Any:

@@ -98,12 +98,13 @@ def pack(
         ExportError: a weight is not at its levels.
     """
     quantized = {f"{layer.module}.weight": layer for layer in layers if layer.bits < UNQUANTIZED_BITS}
-    # A weight's bits are in its levels.
-    kept = {name: tensor for name, tensor in state.items() if not (name.startswith("dcq.") and name.endswith(".bits"))}
+    # In order of their names, so that a student has one file whoever read its state. A weight's bits are in its levels.
+    names = sorted(name for name in state if not (name.startswith("dcq.") and name.endswith(".bits")))
     offsets: dict[bytes, int] = {}
     parts: list[bytes] = []
     tensors, num_bytes = [], 0
-    for name, tensor in kept.items():
+    for name in names:
+        tensor = state[name]
         levels = layer_levels(quantized[name]) if name in quantized else None
         content = _content(name, tensor, levels, state)
         digest = hashlib.sha256(content).digest()

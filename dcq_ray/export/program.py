@@ -33,6 +33,7 @@ def write_program(network: nn.Module, example: Tensor, path: str, *, metadata: M
         raise ExportError(
             f"torch.export cannot trace this network: {str(error).strip().splitlines()[0]}; choose packed or safetensors"
         ) from error
+    _forget_sources(program)
     # Through a buffer: the library warns of a name that does not end in .pt2.
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(dict(metadata), indent=2)})
@@ -40,7 +41,7 @@ def write_program(network: nn.Module, example: Tensor, path: str, *, metadata: M
 
 
 def open_program(path: str) -> Callable[[Tensor], Tensor]:
-    """The program of a file, from images [B, C, H, W] to logits [B, K]; raises ExportError where it cannot be loaded."""
+    """The program of a file, from images [B, C, H, W] to logits [B, K]; both raise ExportError where it cannot."""
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -49,4 +50,23 @@ def open_program(path: str) -> Callable[[Tensor], Tensor]:
         raise ExportError(
             f"{path}: torch.export cannot load it: {str(error).strip().splitlines()[0]}; export it again"
         ) from error
-    return program
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            return program(images)
+        # Its guards are assertions.
+        except Exception as error:
+            raise ExportError(
+                f"{path}: the program cannot run images of shape {tuple(images.shape)}: {str(error).strip().splitlines()[0]}; "
+                "choose packed or safetensors"
+            ) from error
+
+    return run
+
+
+def _forget_sources(program: torch.export.ExportedProgram) -> None:
+    """Leave out the lines of source behind every node: a shipped file is not to tell the folders of who wrote it."""
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dcq_ray.data import Part, load_splits
 from dcq_ray.digests import library_versions, tensors_sha256
 from dcq_ray.errors import ExportError, StorageError, UsageError
-from dcq_ray.export.checking import logits_of
+from dcq_ray.export.checking import check_report, logits_of
 from dcq_ray.export.loading import student_network
 from dcq_ray.phases import read_report
 from dcq_ray.phases.reduce import STUDENT_FILE
@@ -39,6 +40,10 @@ class Student:
     metadata: dict[str, str]
     """For the file: of which run and teacher it is, and how good."""
 
+    def example(self) -> Tensor:
+        """Two held-out images [2, C, H, W], of one where there is one alone: a batch of 1 would be traced as no other."""
+        return self.held_out.images(np.resize(np.arange(len(self.held_out)), 2))
+
 
 def finished_report(store: Store) -> RunReport:
     """The report of a finished run; raises UsageError where there is no run, or it has not finished."""
@@ -61,7 +66,7 @@ def open_student(store: Store, report: RunReport, job: Job, *, job_folder: str) 
     """Build the student of a finished run and run it on the held-out images, on the CPU.
 
     Raises:
-        ExportError: the student's file is not the one that the report names.
+        ExportError: the student's file is not the one that the report names, or it does not give the report's top-1 here.
     """
     assert report.student is not None
     state = state_from_bytes(store.read_bytes(STUDENT_FILE), source=store.location(STUDENT_FILE))
@@ -77,6 +82,10 @@ def open_student(store: Store, report: RunReport, job: Job, *, job_folder: str) 
     )
     held_out = load_splits(job.data, seed=job.seed, job_folder=job_folder).held_out
     logits = logits_of(network, held_out, job.data.batch_size)
+    if report.validation is not None:
+        labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
+        on_cpu = all(section.device == "cpu" for section in report.sections)
+        check_report(logits, labels, report.validation, on_cpu=on_cpu, source=store.location(STUDENT_FILE))
     return Student(
         job=job,
         job_folder=job_folder,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +90,7 @@ def _write(student: Student, form: Form, path: str, opset: int | None) -> None:
         # Readers of safetensors know by this word that the tensors are PyTorch's.
         Path(path).write_bytes(state_bytes(plain, {"format": "pt", **student.metadata}))
     else:
-        example = student.held_out.images(np.arange(min(2, len(student.held_out))))
+        example = student.example()
         if form == "onnx":
             from dcq_ray.export.onnx_graph import write_onnx
 

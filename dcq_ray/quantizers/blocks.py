@@ -18,9 +18,13 @@ NUM_VALUES = 65536
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same stretch of several tensors of one shape, one after the other, as views: who writes one writes its tensor.
 
-    All of them at once where blocks gain nothing (a GPU, small tensors), or where the tensors lie in memory in unlike orders.
+    All of them at once where blocks gain nothing (a GPU, small tensors), where the tensors lie in memory in unlike orders, and
+    where a graph is recorded: its batch may have any size, and the number of blocks would bound that.
     """
     first = tensors[0]
+    if torch.compiler.is_compiling():
+        yield tensors
+        return
     count = first.numel()
     if first.device.type != "cpu" or count <= NUM_VALUES or not _lie_alike(tensors):
         yield tensors

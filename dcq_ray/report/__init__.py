@@ -1,6 +1,9 @@
 """The report of a run: tables for a terminal, one self-contained page, JSON."""
 
+import json
+
 from dcq_ray.records import RunReport, to_json
+from dcq_ray.report.advice import advice
 from dcq_ray.report.comparison import compare_reports
 from dcq_ray.report.front import print_front, searched_plot
 from dcq_ray.report.page import report_html
@@ -9,8 +12,8 @@ from dcq_ray.report.words import size
 
 
 def report_json(report: RunReport) -> str:
-    """The report as indented JSON."""
-    return to_json(report).decode().rstrip()
+    """The report as indented JSON, with `advice`: what the other forms recommend."""
+    return json.dumps({**json.loads(to_json(report)), "advice": advice(report)}, indent=2, ensure_ascii=False)
 
 
 __all__ = [

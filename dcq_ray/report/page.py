@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ from dcq_ray.records import Diagnosis, RunReport
 from dcq_ray.report.advice import advice
 from dcq_ray.report.deploy import DEPLOY_COLUMNS, deploy_caption, deploy_rows, deploy_verdict
 from dcq_ray.report.front import FRONT_COLUMNS, front_caption, front_rows, searched_plot
-from dcq_ray.report.plots import error_plot, loss_plot, size_plot, waterfall_plot
+from dcq_ray.report.plots import MAX_LEVEL_ROWS, error_plot, level_plot, loss_plot, size_plot, waterfall_plot
+from dcq_ray.report.style import STYLE
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
     STATE_COLUMNS,
+    TIME_COLUMNS,
     WORK_COLUMNS,
     layer_rows,
     merge_lines,
@@ -26,6 +29,7 @@ from dcq_ray.report.words import (
     seconds,
     size,
     state_rows,
+    time_rows,
     verdict,
     waterfall_rows,
     work_rows,
@@ -34,33 +38,6 @@ from dcq_ray.report.words import (
 if TYPE_CHECKING:
     # Not at run time: it loads torch, which a run with nothing to do is to be told without.
     from dcq_ray.search import Searched
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2127; --soft: #5b6570; --paper: #fcfcfb; --line: #d9dde1; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7eaed; --soft: #a2abb4; --paper: #15181b; --line: #363c42; --accent: #56b4e9; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-.verdict { font-size: 1.15rem; border-left: 4px solid var(--accent); padding-left: .9rem; margin: 1rem 0 1.5rem; }
-.status { color: var(--soft); margin: .2rem 0; }
-.failed { border-color: #d55e00; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
-/* Beside a table that is wider than the page, its caption is not, and stays as the table scrolls. */
-caption span { display: block; position: sticky; left: 0; max-width: min(67.5rem, 100vw - 2.5rem); }
-th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, th.text, td.text { text-align: left; }
-td.text:last-child { white-space: normal; min-width: 28rem; }
-thead th { color: var(--soft); font-weight: 600; }
-.scroll + .scroll { margin-top: 1.5rem; }
-figure { margin: 1rem 0 0; color: var(--ink); } figure svg { width: 100%; height: auto; max-width: 46rem; }
-figcaption { color: var(--soft); }
-code { font-size: .9em; overflow-wrap: anywhere; }
-""".strip()
 
 
 def report_html(report: RunReport, searched: Searched | None = None) -> str:
@@ -105,7 +82,7 @@ def report_html(report: RunReport, searched: Searched | None = None) -> str:
         table = _table(deploy_caption(report.deploy), DEPLOY_COLUMNS, deploy_rows(report.deploy))
         told = escape(deploy_verdict(report.deploy))
         parts.append(f"<section><h2>Deployment</h2><p>{told}</p>{table}</section>")
-    parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p></section>")
+    parts.append(f"<section><h2>Time</h2><p>{escape(seconds(report))}.</p>{_times(report)}</section>")
     if report.notes:
         notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
         parts.append(f"<section><h2>Notes</h2><ul>{notes}</ul></section>")
@@ -138,12 +115,6 @@ def _sections(report: RunReport) -> str:
         "error",
         "drifted",
         "top-1 alone" if labelled else "agreement alone",
-        "seconds",
-        "reading",
-        "starting",
-        "waiting",
-        "device",
-        "restarts",
     )
     rows = [
         (
@@ -157,20 +128,12 @@ def _sections(report: RunReport) -> str:
             number(section.relative_error),
             number(errors.get(section.index)),
             percent(section.top1_alone if labelled else section.agreement_alone),
-            f"{section.seconds:.1f}",
-            *(
-                percent(part / section.seconds if section.seconds > 0 else None)
-                for part in (section.read_seconds, section.start_seconds, section.input_wait_seconds)
-            ),
-            section.device,
-            str(section.restarts),
         )
         for section in report.sections
     ]
     caption = (
         "Each section: alone, the teacher with only this section replaced, on held-out images; error, relative, on the teacher's "
-        "inputs; drifted, on the student's own; of its seconds, the shares spent on reading boundaries, on its start, and on "
-        "waiting for batches; the rest is computing"
+        "inputs; drifted, on the student's own"
     )
     worst = max(report.sections, key=lambda section: section.relative_error or 0.0)
     return "\n".join(
@@ -191,6 +154,16 @@ def _sections(report: RunReport) -> str:
             "</section>",
         ]
     )
+
+
+def _times(report: RunReport) -> str:
+    if not report.sections:
+        return ""
+    caption = (
+        "Of each section's seconds, the shares of its start, of reading its boundaries, of waiting for batches, and of the "
+        "rest, which is computing"
+    )
+    return _table(caption, TIME_COLUMNS, time_rows(report.sections))
 
 
 def _waterfall(report: RunReport, diagnosis: Diagnosis) -> str:
@@ -229,9 +202,19 @@ def _layers(report: RunReport) -> str:
             _table(caption, LAYER_COLUMNS, layer_rows(report.layers)),
             _table(work, WORK_COLUMNS, work_rows(report.multiply_accumulates_by_bits)),
             "" if report.diagnosis is None else _table(state, STATE_COLUMNS, state_rows(report.diagnosis)),
+            "" if report.diagnosis is None else _levels(report, report.diagnosis),
             "</section>",
         ]
     )
+
+
+def _levels(report: RunReport, diagnosis: Diagnosis) -> str:
+    told = sum(bool(layer.level_shares) for layer in diagnosis.layers)
+    if not told:
+        return ""
+    drawn = f"the first {MAX_LEVEL_ROWS} of {told} layers" if told > MAX_LEVEL_ROWS else f"{told} layers"
+    description = f"Histograms of the weights of {drawn} over their levels; the table above has the shares."
+    return _plot("Weights over their levels", level_plot(report), description)
 
 
 def _validation(report: RunReport) -> str:
@@ -273,10 +256,15 @@ def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
     }
     kind = [' class="text"' if index in text else "" for index in range(len(columns))]
     head = "".join(f'<th scope="col"{kind[index]}>{escape(name)}</th>' for index, name in enumerate(columns))
+    # What a row is about heads it, for readers that hear one cell at a time.
     body = "".join(
-        "<tr>" + "".join(f"<td{kind[index]}>{escape(cell)}</td>" for index, cell in enumerate(row)) + "</tr>"
+        f'<tr><th scope="row"{kind[0]}>{escape(row[0])}</th>'
+        + "".join(f"<td{kind[index]}>{escape(cell)}</td>" for index, cell in enumerate(row) if index)
+        + "</tr>"
         for row in rows
     )
-    table = f"<table><caption><span>{escape(caption)}</span></caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    name = f"caption-{zlib.crc32(caption.encode()):08x}"
+    told = f'<caption id="{name}"><span>{escape(caption)}</span></caption>'
+    table = f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     # A table that is wider than a phone scrolls by itself, with the keyboard too.
-    return f'<div class="scroll" tabindex="0">{table}</div>'
+    return f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0">{table}</div>'

@@ -9,15 +9,16 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dcq_ray.records import RunReport
+from dcq_ray.report.style import SERIES, themed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart and which stand out on white and on black.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8A8A8A")
+COLORS = tuple(SERIES)
 # Stands for the page's text colour, which the page's style puts in its place.
 INK = "#010203"
+MAX_LEVEL_ROWS = 40
 
 
 def loss_plot(report: RunReport) -> str:
@@ -99,6 +100,29 @@ def waterfall_plot(report: RunReport) -> str:
     return _svg(figure)
 
 
+def level_plot(report: RunReport) -> str:
+    """Histograms of quantized weights over their levels, a row for each layer that has them, of the first 40."""
+    assert report.diagnosis is not None
+    layers = [layer for layer in report.diagnosis.layers if layer.level_shares][:MAX_LEVEL_ROWS]
+    figure, axes = _figure(0.9 + 0.3 * len(layers))
+    for row, layer in enumerate(layers):
+        shares = layer.level_shares
+        width = 1 / len(shares)
+        axes.bar(
+            [(index + 0.5) * width for index in range(len(shares))],
+            [-0.8 * share / max(shares) for share in shares],
+            0.9 * width,
+            bottom=row + 0.4,
+            color=COLORS[0],
+        )
+    axes.set_yticks(range(len(layers)), [layer.module for layer in layers])
+    axes.set_ylim(max(0, len(layers) - 1) + 0.6, -0.6)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([])
+    axes.set_xlabel("levels, from the least to the greatest; height: share of the weights")
+    return _svg(figure)
+
+
 def size_plot(report: RunReport) -> str:
     """Bytes of every section, in full precision and packed."""
     figure, axes = _figure()
@@ -146,10 +170,10 @@ def front_plot(points: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     return _svg(figure)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def _figure(height: float = 3.0) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("none")
     axes.spines[["top", "right"]].set_visible(False)
@@ -169,7 +193,7 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcq-ray", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     content = buffer.getvalue()
-    content = content[content.index("<svg") :].replace(INK, "currentColor")
+    content = themed(content[content.index("<svg") :].replace(INK, "currentColor"))
     # The size comes from the page; the names of other people's servers in namespaces load nothing, but the metadata goes.
     content = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", content, count=1)
     content = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", content, count=1)

@@ -14,7 +14,11 @@ from dcq_ray.report.advice import advice
 from dcq_ray.report.deploy import print_deploy
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
+    STATE_COLUMNS,
+    TIME_COLUMNS,
     WORK_COLUMNS,
+    curve,
+    histogram,
     layer_rows,
     merge_lines,
     modules,
@@ -24,12 +28,20 @@ from dcq_ray.report.words import (
     percent,
     rival_name,
     seconds,
+    state_rows,
+    time_rows,
     verdict,
     waterfall_rows,
     work_rows,
 )
 
-LEFT = ("network", "section", "run", "status", "layer", "kind", "the student's sections")
+LEFT = (
+    *("network", "section", "run", "status", "layer", "kind", "the student's sections", "device"),
+    *("loss in training, logarithmic, from its least to its greatest", STATE_COLUMNS[1]),
+)
+CURVE_WIDTH = 60
+# More shares than these are drawn alone.
+MAX_TOLD_SHARES = 4
 
 
 def print_report(report: RunReport, console: Console) -> None:
@@ -46,7 +58,7 @@ def print_report(report: RunReport, console: Console) -> None:
     if report.sections:
         labelled = any(section.top1_alone is not None for section in report.sections)
         errors = own_errors(report)
-        table = _table("#", "section", "bits", "loss", "error", "drifted", "alone", "s")
+        table = _table("#", "section", "bits", "loss", "error", "drifted", "alone")
         for section in report.sections:
             table.add_row(*_row(section, labelled, errors.get(section.index)))
         console.print(table)
@@ -56,11 +68,14 @@ def print_report(report: RunReport, console: Console) -> None:
             f"{measure} of the teacher with only this section replaced, on held-out images",
             style="dim",
         )
+        console.print(_curves(report.sections))
     if report.diagnosis is not None:
         console.print(waterfall_table(report.diagnosis))
     if report.layers:
         console.print(layers_table(report.layers))
         console.print(work_table(report.multiply_accumulates_by_bits))
+    if report.diagnosis is not None and report.diagnosis.layers:
+        console.print(_states(report.diagnosis))
     validation = report.validation
     if validation is not None:
         console.print(
@@ -75,6 +90,11 @@ def print_report(report: RunReport, console: Console) -> None:
     if report.deploy is not None:
         print_deploy(report.deploy, console)
     console.print(seconds(report))
+    if report.sections:
+        table = _table("#", *TIME_COLUMNS[1:])
+        for split in time_rows(report.sections):
+            table.add_row(*split)
+        console.print(table)
     for sentence in advice(report):
         console.print(f"[bold]→[/] {escape(sentence)}")
     for failure in report.failures:
@@ -119,8 +139,24 @@ def _row(section: SectionReport, labelled: bool, own_error: float | None) -> tup
         number(section.relative_error),
         number(own_error),
         percent(section.top1_alone if labelled else section.agreement_alone),
-        f"{section.seconds:.1f}",
     )
+
+
+def _curves(sections: Sequence[SectionReport]) -> Table:
+    """The loss of every section, drawn over its steps."""
+    table = _table("#", "loss in training, logarithmic, from its least to its greatest")
+    for section in sections:
+        table.add_row(str(section.index), curve(section, CURVE_WIDTH))
+    return table
+
+
+def _states(diagnosis: Diagnosis) -> Table:
+    """The weights of every layer over their levels, and its outputs that say nothing."""
+    table = _table(*STATE_COLUMNS)
+    for layer, row in zip(diagnosis.layers, state_rows(diagnosis), strict=True):
+        shares = row[1] if len(layer.level_shares) <= MAX_TOLD_SHARES else ""
+        table.add_row(row[0], f"{histogram(layer.level_shares)} {shares}".strip(), row[2])
+    return table
 
 
 def _table(*columns: str) -> Table:

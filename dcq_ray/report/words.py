@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from dcq_ray.records import BaselineReport, BitsWork, Diagnosis, LayerPlan, RunReport
+from dcq_ray.records import BaselineReport, BitsWork, Diagnosis, LayerPlan, RunReport, SectionReport
 
 ABSENT = "-"
 FULL_PRECISION = "fp32"
 LAYER_COLUMNS = ("layer", "kind", "weights", "bits", "input", "bytes", "MACs")
 STATE_COLUMNS = ("layer", "weights at its levels, ascending", "constant outputs")
+TIME_COLUMNS = ("section", "seconds", "starting", "reading", "waiting", "computing", "device", "restarts")
 WORK_COLUMNS = ("weight bits", "input bits", "MACs per sample", "share")
+
+
+# Eighths of a character's height.
+_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def percent(fraction: float | None) -> str:
@@ -112,6 +118,35 @@ def state_rows(diagnosis: Diagnosis) -> list[tuple[str, ...]]:
         )
         for layer in diagnosis.layers
     ]
+
+
+def time_rows(sections: Sequence[SectionReport]) -> list[tuple[str, ...]]:
+    """Rows of TIME_COLUMNS: of a section's seconds, the shares of its start, of reading, waiting for batches, and the rest."""
+    rows = []
+    for section in sections:
+        parts = (section.start_seconds, section.read_seconds, section.input_wait_seconds)
+        split = (*parts, max(0.0, section.seconds - sum(parts)))
+        shares = [percent(part / section.seconds if section.seconds > 0 else None) for part in split]
+        rows.append((str(section.index), f"{section.seconds:.1f}", *shares, section.device, str(section.restarts)))
+    return rows
+
+
+def histogram(shares: Sequence[float]) -> str:
+    """A character for each share, as high as it is beside the greatest."""
+    greatest = max(shares, default=0.0) or 1.0
+    return "".join(_BLOCKS[min(7, int(8 * share / greatest))] for share in shares)
+
+
+def curve(section: SectionReport, width: int) -> str:
+    """The losses of a section's training in so many characters, as heights between its least and its greatest logarithm."""
+    losses = [math.log(point.loss) for point in section.loss_curve if point.loss > 0]
+    if not losses:
+        return ABSENT
+    chosen = [losses[round(index * (len(losses) - 1) / max(1, width - 1))] for index in range(min(width, len(losses)))]
+    if len(losses) < width:
+        chosen = losses
+    least, spread = min(losses), max(losses) - min(losses)
+    return "".join(_BLOCKS[min(7, int(8 * (value - least) / spread))] if spread else _BLOCKS[0] for value in chosen)
 
 
 def waterfall_rows(diagnosis: Diagnosis) -> list[tuple[str, str, str]]:
