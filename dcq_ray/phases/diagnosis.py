@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from dcq_ray.data import Part
 from dcq_ray.phases.context import Network
 from dcq_ray.quantizers.policy import channel_dim
-from dcq_ray.records.packing import PER_CHANNEL_SCHEMES
 from dcq_ray.records import Diagnosis, LayerDiagnosis, LayerPlan, RunContext
+from dcq_ray.records.packing import PER_CHANNEL_SCHEMES
 from dcq_ray.validate import agreement, top_k
 
 # All of it is a hint, and costs about half a pass of the network a section.
