@@ -80,6 +80,7 @@ def search(
             "add --set train.inputs=teacher"
         )
     from dcq_ray.cli.run import interruptible, run_phases, show_report, watching
+    from dcq_ray.phases import requantized
     from dcq_ray.search import combination_overrides, open_library, parse_option, search_library, take_sections
     from dcq_ray.storage import open_store
 
@@ -109,7 +110,8 @@ def search(
         mixed, _ = read_job(job_path, chosen, run_dir)
         take_sections(found, searched.choices, run_store, scores=shelf)
         # Nothing is left to train, so no Ray is started for it.
-        result = run_phases(mixed, folder, address="none", fresh=False, emit=emit, say=say)
+        (prepared,) = requantized(found.prepared, [mixed], device=found.device)
+        result = run_phases(mixed, folder, address="none", fresh=False, emit=emit, say=say, prepared=prepared)
     _keep(searched, run_store)
     show_report(mixed, result, log_format, searched=searched)
 

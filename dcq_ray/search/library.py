@@ -16,13 +16,13 @@ from dcq_ray.phases import (
     measure_sections,
     measured_section,
     open_network,
-    plan_job,
     prepare,
+    requantized,
     section_tasks,
 )
 from dcq_ray.phases.train import finished_section
 from dcq_ray.quantizers import packed_num_bytes
-from dcq_ray.records import Progress, RunContext, SectionMeasurement, SectionResult
+from dcq_ray.records import PartitionPlan, Progress, RunContext, SectionMeasurement, SectionResult
 from dcq_ray.search.frontier import Choice
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
@@ -89,13 +89,10 @@ def open_library(jobs: Mapping[Option, Job], job_folder: str, *, emit: Emit, run
     first = next(iter(jobs.values()))
     device = torch.device("cpu") if first.resources.gpus_per_section == 0 else choose_device("auto")
     prepared = prepare(first, job_folder, device=device, emit=emit)
-    contexts = {option: _context(job, job_folder, prepared, device, first=job is first) for option, job in jobs.items()}
-    cuts = {context.plan.cuts for context in contexts.values()}
-    if len(cuts) > 1:
-        raise UsageError(
-            "the library's members are cut at different places, since costs were measured anew in between; pin the cuts: "
-            f"--set 'sections={{cuts: [{', '.join(sorted(cuts)[0])}]}}'"
-        )
+    plans = [own.plan for own in requantized(prepared, list(jobs.values()), device=device)]
+    contexts = {
+        option: _context(job, job_folder, plan, device) for (option, job), plan in zip(jobs.items(), plans, strict=True)
+    }
     for option, job in jobs.items():
         if any(result is None for result in _found(contexts[option])):
             emit(Progress(phase="plan", detail=f"training all sections with {option.name}"))
@@ -112,16 +109,12 @@ def open_library(jobs: Mapping[Option, Job], job_folder: str, *, emit: Emit, run
     )
 
 
-def _context(job: Job, job_folder: str, prepared: Prepared, device: torch.device, *, first: bool) -> RunContext:
-    cache = open_store(job.storage.cache_dir)
-    plan = prepared.plan
-    if not first:
-        plan = plan_job(job, prepared.teacher, prepared.splits, device=device, cache=cache)
+def _context(job: Job, job_folder: str, plan: PartitionPlan, device: torch.device) -> RunContext:
     return RunContext(
         job=job,
         job_folder=job_folder,
         run_dir=open_store(job.storage.run_dir).uri,
-        cache_dir=cache.uri,
+        cache_dir=open_store(job.storage.cache_dir).uri,
         plan=plan,
         # Nothing is committed under it.
         epoch=0,
@@ -138,8 +131,9 @@ def _member(option: Option, context: RunContext, network: Network, prepared: Pre
     for index, result in enumerate(_found(context)):
         if result is None:
             raise UsageError(
-                f"{context.run_dir}: section {index} is not there after its run; was the library changed meanwhile? "
-                "run the search again"
+                f"{context.run_dir}: section {index} is not there after its run; where it was cut at other places before, since "
+                f"costs were measured anew, pin the cuts: --set 'sections={{cuts: [{', '.join(context.plan.cuts)}]}}'; where the "
+                "library was changed meanwhile, run the search again"
             )
         results.append(result)
     known = {result.index: measured_section(context, result) for result in results}
