@@ -51,6 +51,8 @@ MAX_ALONE_SAMPLES = 1000
 MEASUREMENT_FILE = "measurement.json"
 SCORES_FILE = "test-scores.json"
 STUDENT_FILE = "student.safetensors"
+# As a report names it.
+BATCHNORM_STEP = "BatchNorm re-estimated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,7 +319,7 @@ def merge(
             steps.append(attempt_step(name, student, adapt, judge, roll_back=job.reduce.roll_back))
 
     student.to(device)
-    settle("BatchNorm re-estimated")
+    settle(BATCHNORM_STEP)
     if job.reduce.polish_epochs:
         polished = polish(context, student, network, splits, judge, emit=emit, request=request)
         steps.append(polished.step)

@@ -8,7 +8,6 @@ it matters (`combining`).
 
 from dcq_ray.search.combining import (
     Candidate,
-    Measured,
     Searched,
     combination_overrides,
     search_library,
@@ -22,7 +21,6 @@ __all__ = [
     "Choice",
     "Combination",
     "Library",
-    "Measured",
     "Member",
     "Option",
     "Searched",
