@@ -121,6 +121,27 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(
     assert anew["student"] == json.loads(chosen_report)["student"]
     assert anew["merge_steps"] == json.loads(chosen_report)["merge_steps"]
 
+    # The network is exported as any run's is, in as many bytes as were told, a header aside.
+    file = tmp_path / "student.dcq"
+    CliRunner().invoke(
+        cli, ["export", str(run), "--format", "packed", "-o", str(file)], catch_exceptions=False, standalone_mode=False
+    )
+    assert 0 < file.stat().st_size - again["chosen"]["num_bytes"] < 4096
+
+    # Another run shares the library, and extends it: what is new is trained, nothing else.
+    other = tmp_path / "other"
+    shared = ("--run-dir", str(other), "--library", str(run / "library"), "--options", "1,2,4,twn:2")
+    search(job_file, "--budget", "twn:2", *shared)
+    with_more = modified(run, "library/*/sections/*/*/weights.safetensors")
+    assert trained.items() <= with_more.items()
+    assert len(with_more) == 4 * len(attempts(run))
+    assert not (other / "library").exists()
+    found = json.loads((other / "search.json").read_text())
+    assert {candidate["options"][0] for candidate in found["uniform"]} == {*OPTIONS, "twn-2"}
+    assert (
+        json.loads((other / "report.json").read_text())["student"]["num_bytes_packed"] == found["chosen"]["num_bytes"]
+    )
+
     with pytest.raises(UsageError, match=r"smallest combination of this library takes [\d,]+ bytes"):
         search(job_file, "--budget", "10")
 
