@@ -217,7 +217,7 @@ def finish(
 
     Args:
         request: asked at every step of a polish whether somebody wants a checkpoint at once.
-        num_at_once: batches of test images that are scored beside each other.
+        num_at_once: batches of held-out and test images that are scored beside each other.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
@@ -243,8 +243,10 @@ def finish(
     extra = bake(student)
     say(2)
     sections = student_sections(network, student.state_dict(), extra)
-    validation = validate(context, sections, network, splits.held_out, device)
-    diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
+    validation = validate(context, sections, network, splits.held_out, device, num_at_once=num_at_once)
+    diagnosis = diagnose(
+        context, student.state_dict(), extra, sections, network, splits.held_out, device, num_at_once=num_at_once
+    )
     test = None if job.reduce.test == "none" else splits.test
     test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device, num_at_once=num_at_once)
     say(3)
