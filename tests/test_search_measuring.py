@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcq_ray.search import measuring
-from dcq_ray.search.measuring import SectionTree
+from dcq_ray.search.measuring import MAX_IN_A_TREE, SectionTree, grouped
 from dcq_ray.stitch import reestimate_batchnorm
 
 COMBINATIONS = [(0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 1, 1)]
@@ -87,3 +90,20 @@ def test_batchnorm_is_that_of_each_alone(sections: list[list[nn.Module]]) -> Non
         middle = made.nodes["_".join(map(str, choices[:2]))]
         assert torch.equal(middle.inside[1].running_mean, own[1].inside[1].running_mean)
         assert torch.equal(middle.inside[1].running_var, own[1].inside[1].running_var)
+
+
+def test_those_that_begin_alike_are_measured_together() -> None:
+    # Of 12 sections, three of them begun alike, the trees have 5 and 4.
+    assert grouped([(1, 1, 1), (0, 1, 1), (0, 0, 1), (1, 1, 0)], 2) == [[(0, 0, 1), (0, 1, 1)], [(1, 1, 0), (1, 1, 1)]]
+    assert grouped([(1,), (0,)], 4) == [[(0,)], [(1,)]]
+    assert grouped([(0, 1)], 4) == [[(0, 1)]]
+
+
+@given(st.sets(st.tuples(*[st.integers(0, 2)] * 5), min_size=1, max_size=120), st.integers(1, 5))
+def test_each_is_in_one_tree_and_no_tree_is_large(some: set[tuple[int, ...]], most: int) -> None:
+    trees = grouped(list(some), most)
+    assert sorted(itertools.chain.from_iterable(trees)) == sorted(some)
+    for group in trees:
+        sections = {choices[:end] for choices in group for end in range(1, 6)}
+        # One combination more than its share, whose beginning it does not share with those before it in another tree.
+        assert len(sections) <= MAX_IN_A_TREE + 2 * 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,18 +35,41 @@ class Option:
 
     scheme: str
     bits: int
+    exceptions: tuple[tuple[str, str, int], ...] = ()
+    """Patterns of layers' names, as of `quantize.overrides`, with a scheme and bits of their own; the last match wins."""
+
+    @property
+    def text(self) -> str:
+        """As `parse_option` reads it."""
+        others = (f"/{pattern}={scheme}:{bits}" for pattern, scheme, bits in self.exceptions)
+        return f"{self.scheme}:{self.bits}{''.join(others)}"
 
     @property
     def name(self) -> str:
-        return f"{self.scheme}-{self.bits}"
+        """Its folder in a library."""
+        return re.sub("[^A-Za-z0-9]+", "-", self.text)
 
 
 def parse_option(text: str, scheme: str) -> Option:
-    """`2`, with the job's own scheme, or `twn:2`; raises UsageError."""
+    """`2`, with the job's own scheme, `twn:2`, or `twn:2/*.conv1=lsq:3` with exceptions by layers' names; raises UsageError."""
+    first, *others = text.strip().split("/")
+    exceptions = []
+    for other in others:
+        pattern, given, value = other.rpartition("=")
+        if not given or not pattern:
+            raise UsageError(
+                f"--options: got {other!r} in {text!r}, expected PATTERN=SCHEME:BITS such as *.conv1=lsq:3 behind a slash"
+            )
+        exceptions.append((pattern, *_scheme_and_bits(value, scheme)))
+    own_scheme, bits = _scheme_and_bits(first, scheme)
+    return Option(scheme=own_scheme, bits=bits, exceptions=tuple(exceptions))
+
+
+def _scheme_and_bits(text: str, scheme: str) -> tuple[str, int]:
     given, _, bits = text.strip().rpartition(":")
     if not bits.isdigit() or not 1 <= int(bits) <= 8:
         raise UsageError(f"--options: got {text!r}, expected bits from 1 to 8, or SCHEME:BITS such as twn:2")
-    return Option(scheme=given or scheme, bits=int(bits))
+    return given or scheme, int(bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

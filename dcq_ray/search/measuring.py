@@ -32,8 +32,8 @@ from dcq_ray.storage import Store
 from dcq_ray.validate import predict
 
 SCORES_FOLDER = "combinations"
-# A tree holds the sections of all of its combinations.
-MAX_IN_A_TREE = 8
+# About so many sections a tree holds at most: as many as eight combinations of ten with nothing in common.
+MAX_IN_A_TREE = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,21 +69,39 @@ def measure_combinations(
             yield from ((choices, score) for choices in same)
     if not unknown:
         return
-    unknown.sort()
     job = library.members[0].context.job
     most = num_at_once(job, library.device)
-    num_trees = max(math.ceil(len(unknown) / MAX_IN_A_TREE), min(most, len(unknown)))
-    # In order, so that those which begin alike meet in a tree.
-    ends = [round(len(unknown) * number / num_trees) for number in range(num_trees + 1)]
-    trees = [unknown[first:last] for first, last in itertools.pairwise(ends)]
+    trees = grouped(unknown, most)
     with ThreadPoolExecutor(
-        min(most, num_trees), initializer=torch.set_num_threads, initargs=(job.train.num_threads,)
+        min(most, len(trees)), initializer=torch.set_num_threads, initargs=(job.train.num_threads,)
     ) as pool:
         for tree, found in zip(
             trees, pool.map(lambda group: _measure(library, group, judge, store), trees), strict=True
         ):
             for choices, score in zip(tree, found, strict=True):
                 yield from ((other, score) for other in alike[combination_key(library, choices)])
+
+
+def grouped(some: Sequence[tuple[int, ...]], most: int) -> list[list[tuple[int, ...]]]:
+    """Combinations by the trees in which they are measured: those that begin alike together, all of about the same work.
+
+    Args:
+        most: so many trees are measured at once.
+    """
+    ordered = sorted(some)
+    # Sections that a combination does not share with the one before it, with which it has most in common.
+    works = [len(ordered[0])]
+    for before, choices in itertools.pairwise(ordered):
+        works.append(
+            next(len(choices) - k for k, pair in enumerate(zip(before, choices, strict=True)) if pair[0] != pair[1])
+        )
+    num_trees = max(math.ceil(sum(works) / MAX_IN_A_TREE), min(most, len(ordered)))
+    groups: list[list[tuple[int, ...]]] = [[] for _ in range(num_trees)]
+    done = 0
+    for choices, work in zip(ordered, works, strict=True):
+        groups[int((done + work / 2) * num_trees / sum(works))].append(choices)
+        done += work
+    return [group for group in groups if group]
 
 
 def combination_key(library: Library, choices: Sequence[int]) -> str:
