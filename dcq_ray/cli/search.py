@@ -53,6 +53,14 @@ PLOT_FILE = "search.svg"
     help="What every section is trained with: bits with the job's scheme, SCHEME:BITS, or SCHEME:BITS/PATTERN=SCHEME:BITS, "
     "where layers of a section get others by their names (twn:2/*.conv1=lsq:3).",
 )
+@click.option(
+    "--looks",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="How many networks that are predicted best within the budget are measured on held-out images.",
+)
 @click.option("--library", metavar="DIR_OR_URI", help="Where trained sections are kept; default: RUN/library.")
 @click.option("--address", default="auto", show_default=True, metavar="auto|local|none|ADDR", help="As of `run`.")
 @log_format_option
@@ -64,6 +72,7 @@ def search(
     budget: str | None,
     max_drop: float | None,
     option_text: str,
+    looks: int,
     library: str | None,
     address: str,
     log_format: Literal["text", "json"],
@@ -106,7 +115,9 @@ def search(
         sizes = {member.option: found.rest_num_bytes + sum(member.num_bytes) for member in found.members}
         budget_bytes = None if budget is None else parse_budget(budget, sizes, job.quantize.weights.scheme)
         drop = None if max_drop is None else max_drop / 100
-        searched = search_library(found, shelf, budget_bytes=budget_bytes, max_drop=drop, emit=emit)
+        searched = search_library(
+            found, shelf, budget_bytes=budget_bytes, max_drop=drop, num_looked_at=looks, emit=emit
+        )
         # Scoring an untrained student of its bits would take as long as the search.
         chosen = (
             "reduce.test=student",

@@ -13,7 +13,7 @@ from dcq_ray.search.combining import (
     search_library,
     take_sections,
 )
-from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, spread
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, neighbours, spread
 from dcq_ray.search.library import Library, Member, Option, open_library, parse_option
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "best_within",
     "combination_overrides",
     "frontier",
+    "neighbours",
     "open_library",
     "parse_option",
     "search_library",

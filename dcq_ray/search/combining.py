@@ -15,12 +15,12 @@ from dcq_ray.phases.polish import judge_of
 from dcq_ray.phases.reduce import MEASUREMENT_FILE
 from dcq_ray.phases.train import RESULT_FILE
 from dcq_ray.records import Progress, seal_json
-from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, neighbours, rank_correlation, spread
 from dcq_ray.search.library import Library
 from dcq_ray.search.measuring import measure_combinations, merge_store
 from dcq_ray.storage import Store
 
-# Combinations that come out best by prediction are so many times looked at before one is chosen.
+# So many combinations that are best by prediction are measured before one is chosen.
 NUM_LOOKED_AT = 8
 # Of the whole front.
 NUM_SHOWN = 8
@@ -57,28 +57,35 @@ class Searched:
 
 
 def search_library(
-    library: Library, store: Store, *, budget_bytes: int | None = None, max_drop: float | None = None, emit: Emit
+    library: Library,
+    store: Store,
+    *,
+    budget_bytes: int | None = None,
+    max_drop: float | None = None,
+    num_looked_at: int = NUM_LOOKED_AT,
+    emit: Emit,
 ) -> Searched:
     """The best network within a budget, and the Pareto front, from sections that are trained already.
 
     Args:
         budget_bytes: of the whole packed student: the most accurate one within it; or else
         max_drop: of the score on held-out images, in [0, 1]: the smallest one that loses no more against the teacher.
+        num_looked_at: so many combinations that are best by prediction within a budget are measured before one is chosen.
         store: where scores of combinations are kept, so that another budget costs little.
 
     Raises:
         UsageError: nothing of the library is so small, or so accurate.
     """
     sections = _distinct(library)
-    front = tuple(
-        replace(found, num_bytes=found.num_bytes + library.rest_num_bytes)
-        for found in frontier([[choice for _, choice in choices] for choices in sections])
-    )
-    # Numbers among a section's distinct choices -> numbers of members.
-    front = tuple(
-        replace(found, choices=tuple(sections[k][number][0] for k, number in enumerate(found.choices)))
-        for found in front
-    )
+    alone = [[choice for _, choice in choices] for choices in sections]
+    inside = frontier(alone)
+
+    def whole(found: Combination) -> Combination:
+        # Numbers among a section's distinct choices -> numbers of members.
+        choices = tuple(sections[k][number][0] for k, number in enumerate(found.choices))
+        return replace(found, choices=choices, num_bytes=found.num_bytes + library.rest_num_bytes)
+
+    front = tuple(map(whole, inside))
     count = len(library.network.sections)
     uniform = [_uniform(library, number, count) for number in range(len(library.members))]
     judge = judge_of(library.members[0].context, library.network, library.prepared.splits.held_out, library.device)
@@ -106,7 +113,9 @@ def search_library(
             )
         # What is looked at anyway may beat what is predicted to be better.
         others = [found for found in (*shown, *uniform) if found.num_bytes <= budget_bytes]
-        possible = [*best_within(front, budget_bytes, NUM_LOOKED_AT), *others]
+        inside_bytes = budget_bytes - library.rest_num_bytes
+        (predicted,) = best_within(inside, inside_bytes, 1)
+        possible = [*map(whole, neighbours(predicted, alone, inside_bytes, num_looked_at)), *others]
         score_all([*possible, *shown, *uniform])
         best = max(possible, key=lambda found: (score(found), -found.num_bytes))
     else:
