@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +16,50 @@ from torch.nn import functional
 
 from dcq_ray.errors import DataError
 
+M = TypeVar("M")
+R = TypeVar("R")
+
 
 def predict(module: nn.Module, batches: Iterable[Tensor], device: torch.device, *, num_at_once: int = 1) -> Tensor:
     """Logits [N, K], float32 on the CPU, of all batches [B, C, H, W]; the module's mode is put back.
 
     Args:
-        num_at_once: so many batches are computed beside each other, each by a copy of the module with as many threads as this
-            one has, so the logits are the same; batches are taken one by one.
+        num_at_once: as of `side_by_side`.
     """
     training = module.training
     module.to(device).eval()
-    copies = [module, *(copy.deepcopy(module) for _ in range(num_at_once - 1))]
-    threads = torch.get_num_threads()
-    logits: list[Tensor] = []
-    if num_at_once == 1:
-        logits += (_logits(module, images, device) for images in batches)
-    else:
-        with ThreadPoolExecutor(num_at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-            waiting = iter(batches)
-            while some := list(itertools.islice(waiting, num_at_once)):
-                logits += pool.map(_logits, copies, some, itertools.repeat(device))
+
+    def logits_of(own: nn.Module, images: Tensor) -> Tensor:
+        # Here, since it holds in a thread alone.
+        with torch.no_grad():
+            logits: Tensor = own(images.to(device)).float().cpu()
+        return logits
+
+    logits = list(side_by_side(logits_of, module, batches, num_at_once))
     module.train(training)
     if not logits:
         raise DataError("there are no images to validate on")
     return torch.cat(logits)
 
 
-def _logits(module: nn.Module, images: Tensor, device: torch.device) -> Tensor:
-    # Here, since it holds in a thread alone.
-    with torch.no_grad():
-        logits: Tensor = module(images.to(device)).float().cpu()
-    return logits
+def side_by_side(
+    function: Callable[[M, Tensor], R], modules: M, batches: Iterable[Tensor], num_at_once: int
+) -> Iterator[R]:
+    """What a function gives for some modules and each of the batches, in their order.
+
+    Args:
+        num_at_once: so many batches are computed beside each other, each with a copy of the modules and as many threads as this
+            one has, so the results are the same; batches are taken one by one.
+    """
+    if num_at_once == 1:
+        yield from (function(modules, images) for images in batches)
+        return
+    copies = [modules, *(copy.deepcopy(modules) for _ in range(num_at_once - 1))]
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_at_once, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        waiting = iter(batches)
+        while some := list(itertools.islice(waiting, num_at_once)):
+            yield from pool.map(function, copies, some)
 
 
 def top_k(logits: Tensor, labels: Tensor, k: int) -> float:
@@ -84,20 +98,33 @@ def compare(
     student_sections: Sequence[nn.Module],
     batches: Iterable[Tensor],
     device: torch.device,
+    *,
+    num_at_once: int = 1,
 ) -> Comparison:
-    """Run both networks, cut alike and in eval mode, once over all batches; raises DataError where there are none."""
+    """Run both networks, cut alike and in eval mode, once over all batches; raises DataError where there are none.
+
+    Args:
+        num_at_once: as of `side_by_side`.
+    """
     sums = [(0.0, 0.0)] * len(teacher_sections)
     logits, reference = [], []
-    with torch.no_grad():
-        for images in batches:
+
+    def compared(pairs: list[tuple[nn.Module, nn.Module]], images: Tensor) -> _Compared:
+        squares = []
+        # Here, since it holds in a thread alone.
+        with torch.no_grad():
             ours, theirs = images.to(device), images.to(device)
-            for index, (teacher, student) in enumerate(zip(teacher_sections, student_sections, strict=True)):
+            for teacher, student in pairs:
                 # Clones: a section may work in place on its input.
                 ours, theirs = student(ours.clone()), teacher(theirs.clone())
-                error, norm = _squares(ours, theirs)
-                sums[index] = (sums[index][0] + error, sums[index][1] + norm)
-            logits.append(ours.float().cpu())
-            reference.append(theirs.float().cpu())
+                squares.append(_squares(ours, theirs))
+        return _Compared(logits=ours.float().cpu(), reference=theirs.float().cpu(), squares=squares)
+
+    pairs = list(zip(teacher_sections, student_sections, strict=True))
+    for batch in side_by_side(compared, pairs, batches, num_at_once):
+        sums = [(total[0] + own[0], total[1] + own[1]) for total, own in zip(sums, batch.squares, strict=True)]
+        logits.append(batch.logits)
+        reference.append(batch.reference)
     if not logits:
         raise DataError("there are no images to validate on")
     return Comparison(
@@ -105,6 +132,15 @@ def compare(
         reference=torch.cat(reference),
         boundary_errors=tuple(_ratio(*pair) for pair in sums),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Compared:
+    """Of a batch; squares: of the error and of the teacher's output at every section's end."""
+
+    logits: Tensor
+    reference: Tensor
+    squares: list[tuple[float, float]]
 
 
 def _squares(output: Tensor, target: Tensor) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcq_ray.jobfile import resolve_job
-from dcq_ray.phases import ignore_progress, run_local
+from dcq_ray.phases import ignore_progress, local, num_at_once, run_local
 from dcq_ray.phases.diagnosis import MAX_WATERFALL_STEPS, _ranges, level_shares, waterfall_steps
 from dcq_ray.records import LayerPlan
 
@@ -59,8 +59,11 @@ def test_ranges_of_channels_are_over_all_batches_and_places() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_tells_where_it_lost_what(job_document: dict[str, Any], tmp_path: Path) -> None:
-    report = run_local(resolve_job(job_document, source="test"), str(tmp_path), emit=ignore_progress, owner="test")
+def test_a_run_tells_where_it_lost_what(
+    job_document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = resolve_job(job_document, source="test")
+    report = run_local(job, str(tmp_path), emit=ignore_progress, owner="test")
     found, validation = report.diagnosis, report.validation
     assert found is not None
     assert validation is not None
@@ -77,3 +80,8 @@ def test_a_run_tells_where_it_lost_what(job_document: dict[str, Any], tmp_path: 
         assert len(told.level_shares) <= 2**layer.bits
         assert math.fsum(told.level_shares) == pytest.approx(1.0)
         assert 0 <= told.num_constant_channels <= told.num_channels
+    # Batches beside each other, as many as this machine has cores for, tell what they tell one after the other.
+    monkeypatch.setattr(local, "num_at_once", lambda *_: 1 if num_at_once(job, torch.device("cpu")) > 1 else 3)
+    (tmp_path / "run" / "report.json").unlink()
+    again = run_local(job, str(tmp_path), emit=ignore_progress, owner="test")
+    assert (again.diagnosis, again.validation) == (found, validation)

@@ -354,7 +354,7 @@ def diagnosed(report: RunReport, scores: tuple[float, ...] = (0.95, 0.93, 0.92),
     fields: dict[str, object] = {"num_samples": 200, "teacher_score": 0.97, "after": (0, 1, 2), "layers": (layer,)}
     diagnosis = Diagnosis(**{**fields, "scores": scores, **values})  # type: ignore[arg-type]
     layers = tuple(
-        LayerPlan(module=f"conv{index}", kind="Conv2d", num_weights=8192, scheme="twn", bits=2, num_bytes=2048)
+        LayerPlan(module=f"conv{index}", kind="Conv2d", num_weights=8192, scheme="twn", bits=2, num_bytes=1643)
         for index in range(3)
     )
     return dataclasses.replace(report, diagnosis=diagnosis, layers=layers)
@@ -379,10 +379,11 @@ def test_every_form_of_the_report_shows_where_accuracy_is_lost(report: RunReport
 
 
 def test_advice_by_hand(report: RunReport) -> None:
-    # Two of five points in section 0, whose 8,192 weights at 2 more bits are 2 KiB; three levels need another scheme for that.
+    # Two of five points in section 0. Five of its 8,192 weights of three levels lie in a byte: 1,639 and a scale; at 4 bits, which
+    # need another scheme, 4,096 and a scale.
     costly, drift = advice(diagnosed(report))
     assert costly == (
-        "Section 0 costs 2.0 of the 5.0 points (on 200 held-out images); 4 bits there would take 2.0 KiB more: "
+        "Section 0 costs 2.0 of the 5.0 points (on 200 held-out images); 4 bits there would take 2.4 KiB more: "
         'quantize.overrides "section:0": {scheme: lsq, bits: 4}.'
     )
     assert "relative error is 0.3 on the student's own inputs, and 0.1 on the teacher's" in drift
@@ -391,7 +392,7 @@ def test_advice_by_hand(report: RunReport) -> None:
     assert grouped == "Sections 1 to 2 cost 5.0 of the 5.0 points (on 200 held-out images)."
     spread = advice(diagnosed(report, (0.955, 0.94, 0.93), teacher_score=0.968))
     assert [sentence for sentence in spread if "cost" in sentence] == [
-        "Section 1 costs 1.5 of the 3.8 points (on 200 held-out images); 4 bits there would take 2.0 KiB more: "
+        "Section 1 costs 1.5 of the 3.8 points (on 200 held-out images); 4 bits there would take 2.4 KiB more: "
         'quantize.overrides "section:1": {scheme: lsq, bits: 4}.'
     ]
     dead = LayerDiagnosis(module="conv1", level_shares=(), num_channels=64, num_constant_channels=12)

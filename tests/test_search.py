@@ -121,6 +121,30 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(
     assert anew["student"] == json.loads(chosen_report)["student"]
     assert anew["merge_steps"] == json.loads(chosen_report)["merge_steps"]
 
+    # The network is exported as any run's is, in as many bytes as were told, a header aside.
+    file = tmp_path / "student.dcq"
+    CliRunner().invoke(
+        cli, ["export", str(run), "--format", "packed", "-o", str(file)], catch_exceptions=False, standalone_mode=False
+    )
+    assert 0 < file.stat().st_size - again["chosen"]["num_bytes"] < 4096
+
+    # Another run shares the library, and extends it: what is new is trained, nothing else.
+    other = tmp_path / "other"
+    shared = ("--run-dir", str(other), "--library", str(run / "library"), "--options", "1,2,4,twn:2/section:1=lsq:3")
+    search(job_file, "--budget", "twn:2/section:1=lsq:3", *shared)
+    with_more = modified(run, "library/*/sections/*/*/weights.safetensors")
+    assert trained.items() <= with_more.items()
+    assert len(with_more) == 4 * len(attempts(run))
+    assert not (other / "library").exists()
+    found = json.loads((other / "search.json").read_text())
+    assert {candidate["options"][0] for candidate in found["uniform"]} == {*OPTIONS, "twn-2-section-1-lsq-3"}
+    plan = json.loads((run / "library" / "twn-2-section-1-lsq-3" / "plan.json").read_text())
+    schemes = [(layer["scheme"], layer["bits"]) for section in plan["sections"] for layer in section["layers"]]
+    assert schemes == [("twn", 2), ("lsq", 3), *[("twn", 2)] * (len(schemes) - 2)]
+    assert (
+        json.loads((other / "report.json").read_text())["student"]["num_bytes_packed"] == found["chosen"]["num_bytes"]
+    )
+
     with pytest.raises(UsageError, match=r"smallest combination of this library takes [\d,]+ bytes"):
         search(job_file, "--budget", "10")
 
@@ -136,6 +160,8 @@ def test_wrong_arguments_are_told_before_anything_is_trained(job_file: Path, tmp
         search(job_file, "--budget", "many")
     with pytest.raises(UsageError, match="one of the options: dorefa:1, dorefa:2, dorefa:4"):
         search(job_file, "--budget", "dorefa:3")
+    with pytest.raises(UsageError, match="one folder of the library"):
+        search(job_file, "--budget", "10kB", "--options", "2/a*=3,2/a=3")
     with pytest.raises(click.BadParameter, match="not in the range x>=0"):
         search(job_file, "--max-drop", "-1")
     assert not (tmp_path / "run").exists()
@@ -144,7 +170,14 @@ def test_wrong_arguments_are_told_before_anything_is_trained(job_file: Path, tmp
 def test_options_and_budgets_are_read() -> None:
     assert parse_option("2", "lsq") == Option(scheme="lsq", bits=2)
     assert parse_option(" twn:2", "lsq") == Option(scheme="twn", bits=2)
-    for text in ("two", "9", "twn:", ""):
+    mixed = Option(scheme="twn", bits=2, exceptions=(("*.conv1", "lsq", 3), ("section:4", "dorefa", 1)))
+    assert parse_option("twn:2/*.conv1=3/section:4=dorefa:1", "lsq") == mixed
+    assert parse_option(mixed.text, "dorefa") == mixed
+    assert mixed.name == "twn-2-conv1-lsq-3-section-4-dorefa-1"
+    for text in ("twn:2/*.conv1", "twn:2/", "twn:2/=lsq:3"):
+        with pytest.raises(UsageError, match="expected PATTERN=SCHEME:BITS"):
+            parse_option(text, "dorefa")
+    for text in ("two", "9", "twn:", "", "twn:2/*.conv1=lsq"):
         with pytest.raises(UsageError, match="expected bits from 1 to 8"):
             parse_option(text, "dorefa")
     sizes = {Option(scheme="twn", bits=2): 777}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, neighbours, rank_correlation, spread
 
 choices = st.builds(
     lambda num_bytes, cost: Choice(num_bytes=num_bytes, cost=cost / 8), st.integers(0, 12), st.integers(0, 24)
@@ -39,6 +39,27 @@ def test_the_front_has_the_least_cost_of_every_budget_and_nothing_else(sections:
         best = best_within(front, budget, 1)
         assert [found.cost for found in best] == ([min(within)] if within else [])
     assert all(a.num_bytes < b.num_bytes and a.cost > b.cost for a, b in itertools.pairwise(front))
+
+
+@given(
+    st.lists(st.lists(choices, min_size=1, max_size=4), min_size=1, max_size=4), st.integers(0, 60), st.integers(1, 9)
+)
+@settings(max_examples=150, deadline=None)
+def test_neighbours_are_the_best_that_differ_in_two_sections(
+    sections: list[list[Choice]], budget: int, count: int
+) -> None:
+    for best in best_within(frontier(sections), budget, 1):
+        near = [
+            found
+            for found in every(sections)
+            if found.num_bytes <= budget
+            and sum(own != other for own, other in zip(found.choices, best.choices, strict=True)) <= 2
+        ]
+        found = neighbours(best, sections, budget, count)
+        assert all(one in near for one in found)
+        assert len({one.choices for one in found}) == len(found) == min(count, len(near))
+        assert [one.cost for one in found] == sorted(one.cost for one in near)[:count]
+        assert found[0].cost == best.cost
 
 
 def test_two_sections_by_hand() -> None:

@@ -84,6 +84,19 @@ def test_boundary_errors_add_up_over_sections_that_work_in_place() -> None:
     assert found.boundary_errors == pytest.approx((0.1, 0.21))
 
 
+@pytest.mark.parametrize("num_at_once", [2, 3])
+def test_batches_beside_each_other_are_compared_as_one_after_the_other(num_at_once: int) -> None:
+    torch.manual_seed(0)
+    teacher = [Remembering(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(144, 3))]
+    student = [Remembering(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(144, 3))]
+    batches = [torch.randn(size, 1, 8, 8) for size in (4, 4, 4, 3)]
+    alone = compare(teacher, student, iter(batches), CPU)
+    beside = compare(teacher, student, iter(batches), CPU, num_at_once=num_at_once)
+    assert torch.equal(alone.logits, beside.logits)
+    assert torch.equal(alone.reference, beside.reference)
+    assert alone.boundary_errors == beside.boundary_errors
+
+
 def test_boundary_errors_of_a_zero_boundary() -> None:
     images = torch.ones(1, 2)
     assert compare([Scale(0)], [Scale(0)], [images], CPU).boundary_errors == (0.0,)

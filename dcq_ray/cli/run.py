@@ -20,7 +20,7 @@ from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
 
 if TYPE_CHECKING:
-    from dcq_ray.phases import Emit
+    from dcq_ray.phases import Emit, Prepared
     from dcq_ray.records import RunReport
     from dcq_ray.search import Searched
     from dcq_ray.spec import Job
@@ -184,7 +184,10 @@ def run_rival(
         return keep_baseline(session, train_rival(session, method, budget) if found is None else found)
 
 
-def run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any) -> RunReport:
+def run_phases(
+    job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, say: Any, prepared: Prepared | None = None
+) -> RunReport:
+    """Run a job at an address of `--address`; `prepared`: of this very job, taken where that is `none`."""
     owner = f"dcq-ray run of job {job.name}"
     if address == "none":
         from dcq_ray.phases import StopRequest, run_local
@@ -192,7 +195,7 @@ def run_phases(job: Job, folder: str, *, address: str, fresh: bool, emit: Emit, 
         stop = StopRequest(_raising(signal.getsignal(signal.SIGTERM)))
         # A training saves itself first. `interruptible` puts back what was there before it.
         signal.signal(signal.SIGTERM, lambda *_: stop.make())
-        return run_local(job, folder, emit=emit, owner=owner, fresh=fresh, stop=stop)
+        return run_local(job, folder, emit=emit, owner=owner, fresh=fresh, stop=stop, prepared=prepared)
     from dcq_ray.remote import run_remote
 
     return run_remote(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -49,7 +50,16 @@ PLOT_FILE = "search.svg"
     default="1,2,4",
     show_default=True,
     metavar="LIST",
-    help="What every section is trained with: bits with the job's scheme, or SCHEME:BITS.",
+    help="What every section is trained with: bits with the job's scheme, SCHEME:BITS, or SCHEME:BITS/PATTERN=SCHEME:BITS, "
+    "where layers of a section get others by their names (twn:2/*.conv1=lsq:3).",
+)
+@click.option(
+    "--looks",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="How many networks that are predicted best within the budget are measured on held-out images.",
 )
 @click.option("--library", metavar="DIR_OR_URI", help="Where trained sections are kept; default: RUN/library.")
 @click.option("--address", default="auto", show_default=True, metavar="auto|local|none|ADDR", help="As of `run`.")
@@ -62,6 +72,7 @@ def search(
     budget: str | None,
     max_drop: float | None,
     option_text: str,
+    looks: int,
     library: str | None,
     address: str,
     log_format: Literal["text", "json"],
@@ -80,12 +91,17 @@ def search(
             "add --set train.inputs=teacher"
         )
     from dcq_ray.cli.run import interruptible, run_phases, show_report, watching
+    from dcq_ray.phases import requantized
     from dcq_ray.search import combination_overrides, open_library, parse_option, search_library, take_sections
     from dcq_ray.storage import open_store
 
     run_store = open_store(job.storage.run_dir)
     shelf = run_store.child("library") if library is None else open_store(library)
     wanted = list(dict.fromkeys(parse_option(text, job.quantize.weights.scheme) for text in option_text.split(",")))
+    if len({option.name for option in wanted}) < len(wanted):
+        raise UsageError(
+            f"--options {option_text}: two of them would be kept in one folder of the library; give one of them"
+        )
     if budget is not None:
         # What is wrong with it is told before anything is trained; sizes are known after that.
         parse_budget(budget, dict.fromkeys(wanted, 0), job.quantize.weights.scheme)
@@ -99,7 +115,9 @@ def search(
         sizes = {member.option: found.rest_num_bytes + sum(member.num_bytes) for member in found.members}
         budget_bytes = None if budget is None else parse_budget(budget, sizes, job.quantize.weights.scheme)
         drop = None if max_drop is None else max_drop / 100
-        searched = search_library(found, shelf, budget_bytes=budget_bytes, max_drop=drop, emit=emit)
+        searched = search_library(
+            found, shelf, budget_bytes=budget_bytes, max_drop=drop, num_looked_at=looks, emit=emit
+        )
         # Scoring an untrained student of its bits would take as long as the search.
         chosen = (
             "reduce.test=student",
@@ -109,7 +127,8 @@ def search(
         mixed, _ = read_job(job_path, chosen, run_dir)
         take_sections(found, searched.choices, run_store, scores=shelf)
         # Nothing is left to train, so no Ray is started for it.
-        result = run_phases(mixed, folder, address="none", fresh=False, emit=emit, say=say)
+        (prepared,) = requantized(found.prepared, [mixed], device=found.device)
+        result = run_phases(mixed, folder, address="none", fresh=False, emit=emit, say=say, prepared=prepared)
     _keep(searched, run_store)
     show_report(mixed, result, log_format, searched=searched)
 
@@ -125,12 +144,21 @@ def parse_budget(text: str, sizes: dict[Option, int], scheme: str) -> int:
         option = parse_option(text, scheme)
         if option in sizes:
             return sizes[option]
-    names = ", ".join(f"{option.scheme}:{option.bits}" for option in sizes)
+    names = ", ".join(option.text for option in sizes)
     raise UsageError(f"--budget {text}: expected bytes such as 60000, 60kB or 1.5MiB, or one of the options: {names}")
 
 
 def _member_job(job_path: str, overrides: tuple[str, ...], option: Option, run_dir: str) -> Job:
-    own = (f"quantize.weights.scheme={option.scheme}", f"quantize.weights.bits={option.bits}")
+    own = [f"quantize.weights.scheme={option.scheme}", f"quantize.weights.bits={option.bits}"]
+    if option.exceptions:
+        changed: dict[str, Any] = {}
+        for pattern, scheme, bits in option.exceptions:
+            changed[pattern] = {"scheme": scheme, "bits": bits}
+        # The job's own come behind: what it says of a layer holds for every member.
+        for pattern, override in read_job(job_path, overrides)[0].quantize.overrides.items():
+            changed.pop(pattern, None)
+            changed[pattern] = override.model_dump(exclude_none=True)
+        own.append(f"quantize.overrides={json.dumps(changed)}")
     # A member is looked at on held-out images alone: choices are made among members, and test images are for what was chosen.
     return read_job(job_path, (*overrides, *own, "reduce.max_drop=null", "reduce.test=none"), run_dir)[0]
 

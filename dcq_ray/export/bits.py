@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dcq_ray.quantizers.policy import TRITS_PER_BYTE
+from dcq_ray.records.packing import TRITS_PER_BYTE
 
 Codes = NDArray[np.uint8]
 

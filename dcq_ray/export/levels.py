@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dcq_ray.errors import ExportError
 from dcq_ray.export.bits import Codes
-from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, channel_dim
+from dcq_ray.quantizers.policy import channel_dim
 from dcq_ray.records import LayerPlan
+from dcq_ray.records.packing import PER_CHANNEL_SCHEMES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from dcq_ray.phases.prepare import Prepared, obtain_teacher, part_top1, plan_job
 from dcq_ray.phases.reading import needs_images
 from dcq_ray.phases.reduce import Finished, TestScores, finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import plan_notes, report_failure, report_success
+from dcq_ray.phases.requantized import requantized
 from dcq_ray.phases.saving import SaveRequest, StopRequest, checkpoint_store
 from dcq_ray.phases.session import (
     RunSession,
@@ -93,6 +94,7 @@ __all__ = [
     "recomputes",
     "report_failure",
     "report_success",
+    "requantized",
     "restart_tick",
     "run_local",
     "sample_counts",

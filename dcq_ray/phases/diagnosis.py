@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from dcq_ray.data import Part
 from dcq_ray.phases.context import Network
-from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, channel_dim
+from dcq_ray.quantizers.policy import channel_dim
 from dcq_ray.records import Diagnosis, LayerDiagnosis, LayerPlan, RunContext
-from dcq_ray.validate import agreement, top_k
+from dcq_ray.records.packing import PER_CHANNEL_SCHEMES
+from dcq_ray.validate import agreement, side_by_side, top_k
+
+# The least and the largest output of every channel of layers, by name.
+Ranges = dict[str, tuple[Tensor, Tensor]]
 
 # All of it is a hint, and costs about half a pass of the network a section.
 MAX_DIAGNOSED_SAMPLES = 1000
@@ -34,26 +38,41 @@ def diagnose(
     network: Network,
     held_out: Part,
     device: torch.device,
+    *,
+    num_at_once: int = 1,
 ) -> Diagnosis:
     """The waterfall from the teacher to the student, and the layers, on at most 1,000 held-out images.
 
     Args:
         state, extra: of the baked student; `sections`: the same as `student_sections`.
+        num_at_once: as of `dcq_ray.validate.side_by_side`.
     """
     num_samples, batch_size = min(len(held_out), MAX_DIAGNOSED_SAMPLES), context.job.data.batch_size
     positions = [np.arange(first, min(first + batch_size, num_samples)) for first in range(0, num_samples, batch_size)]
-    teacher_sections = [section.to(device) for section in network.sections]
+    teacher_sections: list[nn.Module] = [section.to(device) for section in network.sections]
     student_sections = [section.to(device) for section in sections]
     after = waterfall_steps(len(sections))
     logits: list[list[Tensor]] = [[] for _ in range(len(after) + 1)]
-    with torch.no_grad(), _ranges(student_sections, context.plan.layers) as ranges:
-        for batch in positions:
-            ours = held_out.images(batch).to(device)
-            logits[0].append(_through(teacher_sections, ours))
-            for index, section in enumerate(student_sections):
+    ranges: Ranges = {}
+
+    def looked_at(networks: tuple[list[nn.Module], list[nn.Module]], images: Tensor) -> tuple[list[Tensor], Ranges]:
+        teacher, student = networks
+        # Here, since it holds in a thread alone.
+        with torch.no_grad(), _ranges(student, context.plan.layers) as own:
+            ours = images.to(device)
+            found = [_through(teacher, ours)]
+            for index, section in enumerate(student):
                 ours = section(ours.clone())
                 if index in after:
-                    logits[1 + after.index(index)].append(_through(teacher_sections[index + 1 :], ours))
+                    found.append(_through(teacher[index + 1 :], ours))
+        return found, own
+
+    images = (held_out.images(batch) for batch in positions)
+    for own_logits, own_ranges in side_by_side(looked_at, (teacher_sections, student_sections), images, num_at_once):
+        for parts, part in zip(logits, own_logits, strict=True):
+            parts.append(part)
+        for name, own in own_ranges.items():
+            ranges[name] = _widest(ranges.get(name), own)
     found = [torch.cat(parts).float().cpu() for parts in logits]
     labels = None if held_out.labels is None else torch.from_numpy(held_out.labels[:num_samples])
     scores = [agreement(value, found[0]) if labels is None else top_k(value, labels, 1) for value in found]
@@ -106,6 +125,12 @@ def _layer_diagnosis(
     )
 
 
+def _widest(earlier: tuple[Tensor, Tensor] | None, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if earlier is None:
+        return own
+    return torch.minimum(earlier[0], own[0]), torch.maximum(earlier[1], own[1])
+
+
 def _through(sections: Sequence[nn.Module], value: Tensor) -> Tensor:
     for section in sections:
         # A clone: a section may work in place on its input, which others take, too.
@@ -114,9 +139,9 @@ def _through(sections: Sequence[nn.Module], value: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _ranges(sections: Sequence[nn.Module], layers: Sequence[LayerPlan]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _ranges(sections: Sequence[nn.Module], layers: Sequence[LayerPlan]) -> Iterator[Ranges]:
     """The least and the largest output of every channel of the layers, over all that runs in the block."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: Ranges = {}
     handles = []
     for section in sections:
         modules = dict(section.named_modules())
@@ -128,9 +153,7 @@ def _ranges(sections: Sequence[nn.Module], layers: Sequence[LayerPlan]) -> Itera
                 ) -> None:
                     rows = output.movedim(-1 if kind == "Linear" else 1, 0).flatten(1)
                     least, largest = rows.amin(1), rows.amax(1)
-                    if name in found:
-                        least, largest = torch.minimum(found[name][0], least), torch.maximum(found[name][1], largest)
-                    found[name] = least, largest
+                    found[name] = _widest(found.get(name), (least, largest))
 
                 handles.append(modules[layer.module].register_forward_hook(hook))
     try:

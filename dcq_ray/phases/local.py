@@ -14,6 +14,7 @@ from dcq_ray.phases.committed import section_failure
 from dcq_ray.phases.context import Emit, Network, choose_device, num_at_once, open_network
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.opening import open_run
+from dcq_ray.phases.prepare import Prepared
 from dcq_ray.phases.reduce import finish, measure_sections, measure_untrained, measured_section
 from dcq_ray.phases.reporting import report_failure, report_success
 from dcq_ray.phases.saving import SaveRequest, StopRequest
@@ -29,18 +30,26 @@ MAX_SCORED_AT_ONCE = 4
 
 
 def run_local(
-    job: Job, job_folder: str, *, emit: Emit, owner: str, fresh: bool = False, stop: StopRequest | None = None
+    job: Job,
+    job_folder: str,
+    *,
+    emit: Emit,
+    owner: str,
+    fresh: bool = False,
+    stop: StopRequest | None = None,
+    prepared: Prepared | None = None,
 ) -> RunReport:
     """Run a job from end to end in this process; resumes what an earlier run of its run directory finished.
 
     Args:
         stop: a training asks it at every step whether the run is to end, and saves itself first.
+        prepared: of this very job, where the caller has it already.
 
     Raises:
         SectionTrainingError: sections failed; the report names them, the others' results stay.
     """
     device = torch.device("cpu") if job.resources.gpus_per_section == 0 else choose_device("auto")
-    with open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh) as session:
+    with open_run(job, job_folder, device=device, emit=emit, owner=owner, fresh=fresh, prepared=prepared) as session:
         if session.finished_report is not None:
             return session.finished_report
         context, splits = session.context, session.prepared.splits

@@ -57,6 +57,7 @@ def open_run(
     owner: str,
     fresh: bool = False,
     reporting: bool = True,
+    prepared: Prepared | None = None,
 ) -> Iterator[RunSession]:
     """Hold a run directory, prepare its job, and find what an earlier run finished.
 
@@ -64,6 +65,7 @@ def open_run(
         owner: who holds it, as another driver is told.
         fresh: start over: forget what an earlier run of this directory finished (the cache stays).
         reporting: False for a rival, which only adds its row to the report that is there.
+        prepared: of this very job, where the caller has it already.
 
     Raises:
         RunBusyError: another live driver holds the directory.
@@ -84,7 +86,8 @@ def open_run(
             emit(progress)
 
         try:
-            prepared = prepare(job, job_folder, device=device, emit=tell, earlier=earlier.plan)
+            if prepared is None:
+                prepared = prepare(job, job_folder, device=device, emit=tell, earlier=earlier.plan)
             context = RunContext(
                 job=job,
                 job_folder=job_folder,

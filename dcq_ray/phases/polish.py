@@ -49,7 +49,11 @@ class Judge:
     """The teacher's logits; None where labels are there."""
 
     def __call__(self, module: nn.Module) -> float:
-        logits = predict(module, (images for images, _ in ordered_batches(self.held_out, self.batch_size)), self.device)
+        images = (images for images, _ in ordered_batches(self.held_out, self.batch_size))
+        return self.score(predict(module, images, self.device))
+
+    def score(self, logits: Tensor) -> float:
+        """Of logits [N, K] of all held-out images."""
         if self.reference is not None:
             return agreement(logits, self.reference)
         assert self.held_out.labels is not None

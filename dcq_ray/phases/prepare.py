@@ -127,7 +127,7 @@ def plan_job(
 ) -> PartitionPlan:
     """Cut the teacher as the job asks, and assert that the sections compose to it bit for bit."""
     torch.set_num_threads(job.train.num_threads)
-    example = splits.train.images(np.arange(min(len(splits.train), job.data.batch_size)))
+    example = example_images(job, splits)
     traced = trace_teacher(teacher.module, example)
     if splits.num_classes is not None and splits.num_classes > traced.output_shape[0]:
         raise TeacherError(
@@ -146,17 +146,7 @@ def plan_job(
     assert_composition(teacher.module, sections, example)
     if earlier is not None:
         return earlier
-    sites = [
-        LayerSite(
-            name=name,
-            module=teacher.module.get_submodule(name),
-            section=index,
-            multiply_accumulates=traced.layer_multiply_accumulates.get(name, 0),
-            called=name in directly_called(section),
-        )
-        for index, section in enumerate(sections)
-        for name, _ in quantizable_layers(section)
-    ]
+    sites = layer_sites(teacher, traced, sections)
     layers = {layer.module: layer for layer in plan_layers(sites, job.quantize)}
     parameters = dict(teacher.module.named_parameters())
     running = {name for section in sections for name in section.state_dict()}
@@ -211,6 +201,26 @@ def plan_job(
         num_bytes_packed=packed_num_bytes(teacher.module.state_dict(), tuple(layers.values())),
         total_multiply_accumulates=traced.total_multiply_accumulates,
     )
+
+
+def example_images(job: Job, splits: Splits) -> torch.Tensor:
+    """A batch of train images [B, C, H, W], on which a teacher is traced."""
+    return splits.train.images(np.arange(min(len(splits.train), job.data.batch_size)))
+
+
+def layer_sites(teacher: Teacher, traced: TracedTeacher, sections: Sequence[torch.fx.GraphModule]) -> list[LayerSite]:
+    """The layers that may be quantized, where they are."""
+    return [
+        LayerSite(
+            name=name,
+            module=teacher.module.get_submodule(name),
+            section=index,
+            multiply_accumulates=traced.layer_multiply_accumulates.get(name, 0),
+            called=name in directly_called(section),
+        )
+        for index, section in enumerate(sections)
+        for name, _ in quantizable_layers(section)
+    ]
 
 
 def plan_key(job: Job, network_sha256: str, splits: Splits, device: torch.device) -> str:

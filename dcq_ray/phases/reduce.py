@@ -51,6 +51,8 @@ MAX_ALONE_SAMPLES = 1000
 MEASUREMENT_FILE = "measurement.json"
 SCORES_FILE = "test-scores.json"
 STUDENT_FILE = "student.safetensors"
+# As a report names it.
+BATCHNORM_STEP = "BatchNorm re-estimated"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +217,7 @@ def finish(
 
     Args:
         request: asked at every step of a polish whether somebody wants a checkpoint at once.
-        num_at_once: batches of test images that are scored beside each other.
+        num_at_once: batches of held-out and test images that are scored beside each other.
     """
     started, start_cpu_seconds = time.monotonic(), time.process_time()
     torch.set_num_threads(context.job.train.num_threads)
@@ -241,8 +243,10 @@ def finish(
     extra = bake(student)
     say(2)
     sections = student_sections(network, student.state_dict(), extra)
-    validation = validate(context, sections, network, splits.held_out, device)
-    diagnosis = diagnose(context, student.state_dict(), extra, sections, network, splits.held_out, device)
+    validation = validate(context, sections, network, splits.held_out, device, num_at_once=num_at_once)
+    diagnosis = diagnose(
+        context, student.state_dict(), extra, sections, network, splits.held_out, device, num_at_once=num_at_once
+    )
     test = None if job.reduce.test == "none" else splits.test
     test_top1 = None if test is None else part_top1(student, test, job.data.batch_size, device, num_at_once=num_at_once)
     say(3)
@@ -317,7 +321,7 @@ def merge(
             steps.append(attempt_step(name, student, adapt, judge, roll_back=job.reduce.roll_back))
 
     student.to(device)
-    settle("BatchNorm re-estimated")
+    settle(BATCHNORM_STEP)
     if job.reduce.polish_epochs:
         polished = polish(context, student, network, splits, judge, emit=emit, request=request)
         steps.append(polished.step)

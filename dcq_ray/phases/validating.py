@@ -18,15 +18,26 @@ from dcq_ray.validate import agreement, compare, top_k
 
 
 def validate(
-    context: RunContext, sections: Sequence[nn.Module], network: Network, held_out: Part, device: torch.device
+    context: RunContext,
+    sections: Sequence[nn.Module],
+    network: Network,
+    held_out: Part,
+    device: torch.device,
+    *,
+    num_at_once: int = 1,
 ) -> ValidationReport:
-    """A student, as `student_sections`, against the teacher on held-out images: accuracy, agreement, error at boundaries."""
+    """A student, as `student_sections`, against the teacher on held-out images: accuracy, agreement, error at boundaries.
+
+    Args:
+        num_at_once: as of `dcq_ray.validate.side_by_side`.
+    """
     job = context.job
     labels = None if held_out.labels is None else torch.from_numpy(held_out.labels)
     teacher_sections = [section.to(device) for section in network.sections]
     # The sections one after the other are the networks, bit for bit: one pass of each gives errors and logits.
     images = (images for images, _ in ordered_batches(held_out, job.data.batch_size))
-    compared = compare(teacher_sections, [section.to(device) for section in sections], images, device)
+    ours = [section.to(device) for section in sections]
+    compared = compare(teacher_sections, ours, images, device, num_at_once=num_at_once)
     logits, reference = compared.logits, compared.reference
     return ValidationReport(
         num_samples=len(held_out),

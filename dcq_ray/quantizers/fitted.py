@@ -25,9 +25,10 @@ from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
 from dcq_ray.quantizers.moments import Moments, moments_num_bytes, moments_of
-from dcq_ray.quantizers.policy import PER_CHANNEL_SCHEMES, layer_weight
+from dcq_ray.quantizers.policy import layer_weight
 from dcq_ray.quantizers.sums import summands
 from dcq_ray.quantizers.walk import Walk
+from dcq_ray.records.packing import PER_CHANNEL_SCHEMES
 
 # Of activations, of both networks together; where more are live, they are computed again.
 MAX_KEPT_BYTES = 2**30

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 
 from dcq_ray.errors import JobError, QuantizeError
 from dcq_ray.records import LayerPlan
+from dcq_ray.records.packing import SCALE_BYTES, num_scales, weight_num_bytes
 from dcq_ray.spec import MAX_WEIGHT_BITS, WEIGHT_SCHEME_BITS, ActivationScheme, QuantizeSpec, WeightScheme
 
 UNQUANTIZED_BITS = 32
-SCALE_BYTES = 4
-PER_CHANNEL_SCHEMES = ("xnor", "lsq-channel")
-# -1, 0 and 1, where two bits would have a level more; packed files hold five of them in a byte (3^5 = 243).
-THREE_LEVELS = (("twn", 2), ("ttq", 2), ("wrpn", 2))
-TRITS_PER_BYTE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +73,6 @@ def layer_weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def weight_num_bytes(count: int, scheme: str, bits: int) -> int:
-    """Bytes of so many quantized weights in a packed file (`export/bits.py`), scales aside."""
-    return -(-count // TRITS_PER_BYTE) if (scheme, bits) in THREE_LEVELS else -(-count * bits // 8)
 
 
 def packed_num_bytes(state: Mapping[str, Tensor], layers: Sequence[LayerPlan]) -> int:
@@ -166,10 +157,8 @@ def _unlike_twins(sites: Sequence[LayerSite], choices: Sequence[_Choice]) -> Ite
 
 def _layer_plan(site: LayerSite, choice: _Choice) -> LayerPlan:
     weight, kind = layer_weight(site.module), layer_kind(site.module)
-    num_scales = 2 if choice.scheme == "ttq" else 1
-    if choice.scheme in PER_CHANNEL_SCHEMES:
-        num_scales = weight.shape[channel_dim(kind)]
-    packed = weight_num_bytes(weight.numel(), choice.scheme, choice.bits) + SCALE_BYTES * num_scales
+    scales_num_bytes = SCALE_BYTES * num_scales(choice.scheme, weight.shape[channel_dim(kind)])
+    packed = weight_num_bytes(weight.numel(), choice.scheme, choice.bits) + scales_num_bytes
     quantizes_input = choice.activation_scheme is not None and choice.activation_bits < UNQUANTIZED_BITS
     return LayerPlan(
         module=site.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dcq_ray.records import LayerPlan, RunReport, SectionReport
+from dcq_ray.records.packing import SCALE_BYTES, num_scales, weight_num_bytes
 from dcq_ray.report.words import number, percent, size
 
 # Of the loss between teacher and student: below it nothing is to be gained, above it a section stands out.
@@ -70,8 +71,17 @@ def _more_bits(report: RunReport, sections: list[SectionReport]) -> str:
     least = min(layers, key=lambda layer: layer.bits)
     bits = MORE_BITS[least.bits]
     narrow = [layer for layer in layers if layer.bits < bits]
-    more = sum((bits - layer.bits) * layer.num_weights for layer in narrow) // 8
+    more = sum(_num_bytes(layer, bits) - layer.num_bytes for layer in narrow)
     return f"; {bits} bits there would take {size(more)} more: quantize.overrides {_override(sections[0].index, least, bits)}"
+
+
+def _num_bytes(layer: LayerPlan, bits: int) -> int:
+    """Of a layer's weights and scales, were they of so many bits."""
+    scheme = WIDER_SCHEME.get(layer.scheme, layer.scheme)
+    # The scheme that takes its place has a scale for each channel only where this one has.
+    own_scales_num_bytes = layer.num_bytes - weight_num_bytes(layer.num_weights, layer.scheme, layer.bits)
+    scales = num_scales(scheme, own_scales_num_bytes // SCALE_BYTES)
+    return weight_num_bytes(layer.num_weights, scheme, bits) + SCALE_BYTES * scales
 
 
 def _override(index: int, layer: LayerPlan, bits: int) -> str:

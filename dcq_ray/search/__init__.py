@@ -8,13 +8,12 @@ it matters (`combining`).
 
 from dcq_ray.search.combining import (
     Candidate,
-    Measured,
     Searched,
     combination_overrides,
     search_library,
     take_sections,
 )
-from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, spread
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, neighbours, spread
 from dcq_ray.search.library import Library, Member, Option, open_library, parse_option
 
 __all__ = [
@@ -22,13 +21,13 @@ __all__ = [
     "Choice",
     "Combination",
     "Library",
-    "Measured",
     "Member",
     "Option",
     "Searched",
     "best_within",
     "combination_overrides",
     "frontier",
+    "neighbours",
     "open_library",
     "parse_option",
     "search_library",

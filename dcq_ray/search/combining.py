@@ -1,45 +1,29 @@
-"""Combinations of a library's sections: looked at on held-out images, and made into a run of their own."""
+"""Which combination of a library's sections is chosen, and how it is made into a run of its own."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from dcq_ray.digests import json_sha256
 from dcq_ray.errors import UsageError
-from dcq_ray.phases import Emit, ignore_progress, num_at_once
-from dcq_ray.phases.committed import RESULT_FILE, section_weights
+from dcq_ray.phases import Emit
+from dcq_ray.phases.committed import RESULT_FILE
 from dcq_ray.phases.context import WEIGHTS_FILE, section_store
-from dcq_ray.phases.kept_merge import hand_on_merge, keep_merge, merge_key
-from dcq_ray.phases.polish import Judge, judge_of
-from dcq_ray.phases.reduce import MEASUREMENT_FILE, merge
-from dcq_ray.records import Progress, RunContext, seal_json, unseal_json
-from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, rank_correlation, spread
+from dcq_ray.phases.kept_merge import hand_on_merge
+from dcq_ray.phases.polish import judge_of
+from dcq_ray.phases.reduce import MEASUREMENT_FILE
+from dcq_ray.records import Progress, seal_json
+from dcq_ray.search.frontier import Choice, Combination, best_within, frontier, neighbours, rank_correlation, spread
 from dcq_ray.search.library import Library
-from dcq_ray.stitch import stitch
+from dcq_ray.search.measuring import measure_combinations, merge_store
 from dcq_ray.storage import Store
 
-# Combinations that come out best by prediction are so many times looked at before one is chosen.
-NUM_LOOKED_AT = 4
+# So many combinations that are best by prediction are measured before one is chosen.
+NUM_LOOKED_AT = 8
 # Of the whole front.
 NUM_SHOWN = 8
-SCORES_FOLDER = "combinations"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """A combination's score, and the digest of what it was measured for."""
-
-    key: str
-    score: float
-    """Top-1 on held-out images; without labels the agreement with the teacher."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,28 +57,35 @@ class Searched:
 
 
 def search_library(
-    library: Library, store: Store, *, budget_bytes: int | None = None, max_drop: float | None = None, emit: Emit
+    library: Library,
+    store: Store,
+    *,
+    budget_bytes: int | None = None,
+    max_drop: float | None = None,
+    num_looked_at: int = NUM_LOOKED_AT,
+    emit: Emit,
 ) -> Searched:
     """The best network within a budget, and the Pareto front, from sections that are trained already.
 
     Args:
         budget_bytes: of the whole packed student: the most accurate one within it; or else
         max_drop: of the score on held-out images, in [0, 1]: the smallest one that loses no more against the teacher.
+        num_looked_at: so many combinations that are best by prediction within a budget are measured before one is chosen.
         store: where scores of combinations are kept, so that another budget costs little.
 
     Raises:
         UsageError: nothing of the library is so small, or so accurate.
     """
     sections = _distinct(library)
-    front = tuple(
-        replace(found, num_bytes=found.num_bytes + library.rest_num_bytes)
-        for found in frontier([[choice for _, choice in choices] for choices in sections])
-    )
-    # Numbers among a section's distinct choices -> numbers of members.
-    front = tuple(
-        replace(found, choices=tuple(sections[k][number][0] for k, number in enumerate(found.choices)))
-        for found in front
-    )
+    alone = [[choice for _, choice in choices] for choices in sections]
+    inside = frontier(alone)
+
+    def whole(found: Combination) -> Combination:
+        # Numbers among a section's distinct choices -> numbers of members.
+        choices = tuple(sections[k][number][0] for k, number in enumerate(found.choices))
+        return replace(found, choices=choices, num_bytes=found.num_bytes + library.rest_num_bytes)
+
+    front = tuple(map(whole, inside))
     count = len(library.network.sections)
     uniform = [_uniform(library, number, count) for number in range(len(library.members))]
     judge = judge_of(library.members[0].context, library.network, library.prepared.splits.held_out, library.device)
@@ -110,7 +101,7 @@ def search_library(
         unknown = list(dict.fromkeys(found.choices for found in some if found.choices not in scores))
         detail = "measuring combinations on held-out images"
         emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
-        for choices, value in zip(unknown, _scores(library, unknown, judge, store), strict=True):
+        for choices, value in measure_combinations(library, unknown, judge, store):
             scores[choices] = value
             emit(Progress(phase="reduce", done=len(scores), unit="combinations", detail=detail))
 
@@ -122,7 +113,9 @@ def search_library(
             )
         # What is looked at anyway may beat what is predicted to be better.
         others = [found for found in (*shown, *uniform) if found.num_bytes <= budget_bytes]
-        possible = [*best_within(front, budget_bytes, NUM_LOOKED_AT), *others]
+        inside_bytes = budget_bytes - library.rest_num_bytes
+        (predicted,) = best_within(inside, inside_bytes, 1)
+        possible = [*map(whole, neighbours(predicted, alone, inside_bytes, num_looked_at)), *others]
         score_all([*possible, *shown, *uniform])
         best = max(possible, key=lambda found: (score(found), -found.num_bytes))
     else:
@@ -161,67 +154,6 @@ def search_library(
     )
 
 
-def combination_score(library: Library, choices: Sequence[int], judge: Judge, store: Store) -> float:
-    """The held-out score of the stitched sections, merged as the job says, polish aside; kept for other searches."""
-    members, splits = library.members, library.prepared.splits
-    context = _unpolished(library)
-    key = _combination_key(library, choices)
-    name = f"{SCORES_FOLDER}/{key[:32]}.json"
-    content = store.read_bytes_or_none(name)
-    if content is not None:
-        with contextlib.suppress(ValueError):
-            found = unseal_json(Measured, content)
-            if found.key == key:
-                return found.score
-    results = [members[number].results[index] for index, number in enumerate(choices)]
-    layers = [layer for k, number in enumerate(choices) for layer in members[number].context.plan.sections[k].layers]
-    states = [section_weights(members[number].context, result) for number, result in zip(choices, results, strict=True)]
-    student = stitch(library.network.teacher.module, layers, states)
-    stitched, merged_key = copy.deepcopy(student.state_dict()), merge_key(context, student, layers, splits)
-    steps = merge(context, student, library.network, splits, library.device, emit=ignore_progress).steps
-    if steps:
-        score = steps[-1].score_after if steps[-1].accepted else steps[-1].score_before
-    else:
-        score = judge(student)
-    keep_merge(store.child(SCORES_FOLDER, key[:32]), merged_key, steps, stitched, student)
-    store.write_bytes(name, seal_json(Measured(key=key, score=score)))
-    return score
-
-
-def _unpolished(library: Library) -> RunContext:
-    context = library.members[0].context
-    reduce = context.job.reduce.model_copy(update={"polish_epochs": 0})
-    return replace(context, job=context.job.model_copy(update={"reduce": reduce}))
-
-
-def _combination_key(library: Library, choices: Sequence[int]) -> str:
-    """Digest of all that a combination's score depends on."""
-    context, splits = _unpolished(library), library.prepared.splits
-    reduce = context.job.reduce
-    return json_sha256(
-        {
-            "teacher": context.plan.teacher_sha256,
-            "cuts": context.plan.cuts,
-            "weights": [library.members[number].results[k].weights_sha256 for k, number in enumerate(choices)],
-            "reduce": [reduce.reestimate_batchnorm, reduce.roll_back],
-            "train": splits.train.sha256,
-            "held_out": splits.held_out.sha256,
-            "batch_size": context.job.data.batch_size,
-            "device": context.device,
-        }
-    )
-
-
-def _scores(library: Library, some: Sequence[tuple[int, ...]], judge: Judge, store: Store) -> Iterator[float]:
-    """Their scores, in order; on the CPU so many at once as it has cores for, each as it would be alone."""
-    num_threads = library.members[0].context.job.train.num_threads
-    most = num_at_once(library.members[0].context.job, library.device)
-    with ThreadPoolExecutor(
-        min(most, max(1, len(some))), initializer=torch.set_num_threads, initargs=(num_threads,)
-    ) as pool:
-        yield from pool.map(lambda choices: combination_score(library, choices, judge, store), some)
-
-
 def combination_overrides(library: Library, choices: Sequence[int]) -> str:
     """The combination as a value of `quantize.overrides`: every layer by its name."""
     found: dict[str, dict[str, int | str]] = {}
@@ -241,7 +173,7 @@ def take_sections(library: Library, choices: Sequence[int], run_dir: Store, *, s
     Args:
         scores: where `search_library` kept the scores of combinations.
     """
-    hand_on_merge(scores.child(SCORES_FOLDER, _combination_key(library, choices)[:32]), run_dir)
+    hand_on_merge(merge_store(library, choices, scores), run_dir)
     for index, number in enumerate(choices):
         member = library.members[number]
         result = member.results[index]

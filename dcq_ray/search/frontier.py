@@ -7,6 +7,8 @@ front of more.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +67,39 @@ def frontier(sections: Sequence[Sequence[Choice]]) -> tuple[Combination, ...]:
 def best_within(front: Sequence[Combination], budget_bytes: int, count: int) -> tuple[Combination, ...]:
     """The `count` combinations of a front that cost least within a budget, best first; fewer where it has no more."""
     return tuple(reversed([found for found in front if found.num_bytes <= budget_bytes][-count:]))
+
+
+def neighbours(
+    best: Combination, sections: Sequence[Sequence[Choice]], budget_bytes: int, count: int
+) -> tuple[Combination, ...]:
+    """Of those that differ from a combination in at most two sections, the `count` that cost least within a budget, best first.
+
+    Most of them are on no front, but cost hardly more than those that are, by predictions that are no better than that.
+    """
+    moves = [
+        (index, number, choice.num_bytes - own.num_bytes, choice.cost - own.cost)
+        for index, choices in enumerate(sections)
+        for own in (choices[best.choices[index]],)
+        for number, choice in enumerate(choices)
+        if number != best.choices[index]
+    ]
+    pairs = ((one, two) for one, two in itertools.combinations(moves, 2) if one[0] != two[0])
+    found = []
+    for changes in itertools.chain([()], ((move,) for move in moves), pairs):
+        num_bytes = best.num_bytes + sum(move[2] for move in changes)
+        if num_bytes <= budget_bytes:
+            found.append((best.cost + sum(move[3] for move in changes), num_bytes, changes))
+    nearest = heapq.nsmallest(count, found)
+    return tuple(
+        Combination(choices=_changed(best.choices, changes), num_bytes=num_bytes, cost=cost)
+        for cost, num_bytes, changes in nearest
+    )
+
+
+def _changed(choices: tuple[int, ...], changes: Sequence[tuple[int, int, int, float]]) -> tuple[int, ...]:
+    other = dict(enumerate(choices))
+    other.update({index: number for index, number, _, _ in changes})
+    return tuple(other.values())
 
 
 def spread(front: Sequence[Combination], count: int) -> tuple[Combination, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -16,16 +17,20 @@ from dcq_ray.phases import (
     measure_sections,
     measured_section,
     open_network,
-    plan_job,
     prepare,
+    requantized,
     section_tasks,
 )
 from dcq_ray.phases.committed import finished_section
 from dcq_ray.quantizers import packed_num_bytes
-from dcq_ray.records import Progress, RunContext, SectionMeasurement, SectionResult
+from dcq_ray.records import PartitionPlan, Progress, RunContext, SectionMeasurement, SectionResult
 from dcq_ray.search.frontier import Choice
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
+
+# Smaller differences of divergences, in nats, are noise of the 1,000 images that they are measured on; where they counted, the
+# front would have networks side by side that are one network for all purposes.
+COST_DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,18 +39,41 @@ class Option:
 
     scheme: str
     bits: int
+    exceptions: tuple[tuple[str, str, int], ...] = ()
+    """Patterns of layers' names, as of `quantize.overrides`, with a scheme and bits of their own; the last match wins."""
+
+    @property
+    def text(self) -> str:
+        """As `parse_option` reads it."""
+        others = (f"/{pattern}={scheme}:{bits}" for pattern, scheme, bits in self.exceptions)
+        return f"{self.scheme}:{self.bits}{''.join(others)}"
 
     @property
     def name(self) -> str:
-        return f"{self.scheme}-{self.bits}"
+        """Its folder in a library."""
+        return re.sub("[^A-Za-z0-9]+", "-", self.text)
 
 
 def parse_option(text: str, scheme: str) -> Option:
-    """`2`, with the job's own scheme, or `twn:2`; raises UsageError."""
+    """`2`, with the job's own scheme, `twn:2`, or `twn:2/*.conv1=lsq:3` with exceptions by layers' names; raises UsageError."""
+    first, *others = text.strip().split("/")
+    exceptions = []
+    for other in others:
+        pattern, given, value = other.rpartition("=")
+        if not given or not pattern:
+            raise UsageError(
+                f"--options: got {other!r} in {text!r}, expected PATTERN=SCHEME:BITS such as *.conv1=lsq:3 behind a slash"
+            )
+        exceptions.append((pattern, *_scheme_and_bits(value, scheme)))
+    own_scheme, bits = _scheme_and_bits(first, scheme)
+    return Option(scheme=own_scheme, bits=bits, exceptions=tuple(exceptions))
+
+
+def _scheme_and_bits(text: str, scheme: str) -> tuple[str, int]:
     given, _, bits = text.strip().rpartition(":")
     if not bits.isdigit() or not 1 <= int(bits) <= 8:
         raise UsageError(f"--options: got {text!r}, expected bits from 1 to 8, or SCHEME:BITS such as twn:2")
-    return Option(scheme=given or scheme, bits=int(bits))
+    return given or scheme, int(bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +91,7 @@ class Member:
     def choices(self) -> tuple[Choice, ...]:
         """What every section takes, and its divergence from the teacher, alone in it."""
         return tuple(
-            Choice(num_bytes=size, cost=measurement.divergence_alone)
+            Choice(num_bytes=size, cost=round(measurement.divergence_alone, COST_DIGITS))
             for size, measurement in zip(self.num_bytes, self.measurements, strict=True)
         )
 
@@ -89,13 +117,10 @@ def open_library(jobs: Mapping[Option, Job], job_folder: str, *, emit: Emit, run
     first = next(iter(jobs.values()))
     device = torch.device("cpu") if first.resources.gpus_per_section == 0 else choose_device("auto")
     prepared = prepare(first, job_folder, device=device, emit=emit)
-    contexts = {option: _context(job, job_folder, prepared, device, first=job is first) for option, job in jobs.items()}
-    cuts = {context.plan.cuts for context in contexts.values()}
-    if len(cuts) > 1:
-        raise UsageError(
-            "the library's members are cut at different places, since costs were measured anew in between; pin the cuts: "
-            f"--set 'sections={{cuts: [{', '.join(sorted(cuts)[0])}]}}'"
-        )
+    plans = [own.plan for own in requantized(prepared, list(jobs.values()), device=device)]
+    contexts = {
+        option: _context(job, job_folder, plan, device) for (option, job), plan in zip(jobs.items(), plans, strict=True)
+    }
     for option, job in jobs.items():
         if any(result is None for result in _found(contexts[option])):
             emit(Progress(phase="plan", detail=f"training all sections with {option.name}"))
@@ -112,16 +137,12 @@ def open_library(jobs: Mapping[Option, Job], job_folder: str, *, emit: Emit, run
     )
 
 
-def _context(job: Job, job_folder: str, prepared: Prepared, device: torch.device, *, first: bool) -> RunContext:
-    cache = open_store(job.storage.cache_dir)
-    plan = prepared.plan
-    if not first:
-        plan = plan_job(job, prepared.teacher, prepared.splits, device=device, cache=cache)
+def _context(job: Job, job_folder: str, plan: PartitionPlan, device: torch.device) -> RunContext:
     return RunContext(
         job=job,
         job_folder=job_folder,
         run_dir=open_store(job.storage.run_dir).uri,
-        cache_dir=cache.uri,
+        cache_dir=open_store(job.storage.cache_dir).uri,
         plan=plan,
         # Nothing is committed under it.
         epoch=0,
@@ -138,8 +159,9 @@ def _member(option: Option, context: RunContext, network: Network, prepared: Pre
     for index, result in enumerate(_found(context)):
         if result is None:
             raise UsageError(
-                f"{context.run_dir}: section {index} is not there after its run; was the library changed meanwhile? "
-                "run the search again"
+                f"{context.run_dir}: section {index} is not there after its run; where it was cut at other places before, since "
+                f"costs were measured anew, pin the cuts: --set 'sections={{cuts: [{', '.join(context.plan.cuts)}]}}'; where the "
+                "library was changed meanwhile, run the search again"
             )
         results.append(result)
     known = {result.index: measured_section(context, result) for result in results}
