@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -190,13 +191,32 @@ class Stitcher(Worker):
 class Reducer:
     """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
 
-    def __init__(self, context: RunContext, share: Share) -> None:
+    def __init__(self, context: RunContext, share: Share, results: Sequence[SectionResult] = ()) -> None:
+        """`results`: of sections that have finished before."""
         self._context, self._share = context, share
         self._measurements: dict[int, Any] = {}
+        self._untrained: Any = None
+        # The last result may be taken while the reducing begins.
+        self._starting = threading.Lock()
         self._stitcher: Any = None
+        for result in results:
+            self._measure(result)
 
     def take(self, result: SectionResult) -> None:
-        """Start to measure a finished section; one that was trained again takes the place of its first result."""
+        """Start to measure a finished section; one that was trained again takes the place of its first result.
+
+        With the first one the untrained student is scored, too: the workers go one by one from there on, and leave their places.
+        """
+        self._measure(result)
+        self._score_untrained()
+
+    def _score_untrained(self) -> None:
+        with self._starting:
+            if self._untrained is None:
+                task = _untrained_task.options(name=shown_name(self._context, "untrained"), **self._share.options)
+                self._untrained = task.remote(self._context)
+
+    def _measure(self, result: SectionResult) -> None:
         name = shown_name(self._context, f"measure-section-{result.index:02d}")
         self._measurements[result.index] = _measure_task.options(name=name, **self._share.options).remote(
             self._context, result
@@ -204,10 +224,9 @@ class Reducer:
 
     def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
-        task = _untrained_task.options(name=shown_name(self._context, "untrained"), **self._share.options)
-        untrained = task.remote(self._context)
+        self._score_untrained()
         finished = self._finished(results)
-        return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), finished
+        return tuple(ray.get(list(self._measurements.values()))), ray.get(self._untrained), finished
 
     def num_measured(self) -> int:
         """How many sections are measured so far."""
