@@ -157,10 +157,7 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
 def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult], num_restarts: int = 0) -> Any:
     """A reducer that begins to measure these results."""
     name = shown_name(session.context, f"reducer:try-{num_restarts + 1}")
-    reducer = ReducerActor.options(name=name, num_cpus=0, max_concurrency=3).remote(session.context, share)
-    for result in results:
-        reducer.take.remote(result)
-    return reducer
+    return ReducerActor.options(name=name, num_cpus=0, max_concurrency=3).remote(session.context, share, tuple(results))
 
 
 def _reduced(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +65,14 @@ def _open(context: RunContext) -> tuple[Network, Splits]:
     return _opened[key]
 
 
+def _free_memory() -> None:
+    """Give back what an earlier section took: traced modules hold each other, so counting references alone frees none."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def shown_name(context: RunContext, work: str) -> str:
     """What Ray's dashboard shows of a task or an actor: the run, and what it does.
 
@@ -95,48 +105,77 @@ class Worker:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._progress: Progress | None = None
-        self._request = SaveRequest()
+        self._request: SaveRequest | None = None
 
     def progress(self) -> Progress | None:
         """The latest line of the work, or None before its first step."""
         return self._progress
 
     def save(self, timeout_seconds: float) -> bool:
-        """Have the work save itself at its next step, and say whether it did in time."""
-        self._request.make()
-        return self._request.wait(timeout_seconds)
+        """Have the work save itself at its next step, and say whether it did in time; False at once where there is none."""
+        request = self._request
+        if request is None:
+            return False
+        request.make()
+        return request.wait(timeout_seconds)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[SaveRequest]:
+        """A piece of work begins without lines or wishes of an earlier one; yields where its own wishes are made."""
+        self._progress, self._request = None, SaveRequest()
+        try:
+            yield self._request
+        finally:
+            self._request = None
 
     def _take(self, progress: Progress) -> None:
         self._progress = progress
 
 
 class SectionWorker(Worker):
-    """Trains one section."""
+    """Trains sections, one after another; what one gives does not depend on those before it."""
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self._network: Network | None = None
+        self._splits: Splits | None = None
 
     def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
         """The result of the task, or why it failed where it would fail again; what may pass is raised."""
         context = self._context
+        _free_memory()
         cap_gpu_memory()
         importable_from(context.job_folder)
         try:
-            return train_section(
-                context,
-                task,
-                open_network(context),
-                open_splits(context) if needs_images(context, task.index) else None,
-                emit=self._take,
-                memory_bytes=activation_memory_bytes(
-                    context.job, choose_device(context.device), num_at_once=num_at_once
-                ),
-                restarts=restarts,
-                request=self._request,
-            )
+            with self._working() as request:
+                return train_section(
+                    context,
+                    task,
+                    self._opened_network(),
+                    self._opened_splits() if needs_images(context, task.index) else None,
+                    emit=self._take,
+                    memory_bytes=activation_memory_bytes(
+                        context.job, choose_device(context.device), num_at_once=num_at_once
+                    ),
+                    restarts=restarts,
+                    request=request,
+                )
         except StaleRunError:
             raise
         except DcqError as error:
             if isinstance(error, StorageError) and not isinstance(error, ShardError):
                 raise
             return section_failure(task, error)
+
+    def _opened_network(self) -> Network:
+        if self._network is None:
+            self._network = open_network(self._context)
+        return self._network
+
+    def _opened_splits(self) -> Splits:
+        if self._splits is None:
+            self._splits = open_splits(self._context)
+        return self._splits
 
 
 class Stitcher(Worker):
@@ -145,19 +184,39 @@ class Stitcher(Worker):
     def finish(self, results: Sequence[SectionResult]) -> Finished:
         """What `finish` found."""
         opened = _open(self._context)
-        return finish(self._context, results, *opened, emit=self._take, request=self._request)
+        with self._working() as request:
+            return finish(self._context, results, *opened, emit=self._take, request=request)
 
 
 class Reducer:
     """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
 
-    def __init__(self, context: RunContext, share: Share) -> None:
+    def __init__(self, context: RunContext, share: Share, results: Sequence[SectionResult] = ()) -> None:
+        """`results`: of sections that have finished before."""
         self._context, self._share = context, share
         self._measurements: dict[int, Any] = {}
+        self._untrained: Any = None
+        # The last result may be taken while the reducing begins.
+        self._starting = threading.Lock()
         self._stitcher: Any = None
+        for result in results:
+            self._measure(result)
 
     def take(self, result: SectionResult) -> None:
-        """Start to measure a finished section; one that was trained again takes the place of its first result."""
+        """Start to measure a finished section; one that was trained again takes the place of its first result.
+
+        With the first one the untrained student is scored, too: the workers go one by one from there on, and leave their places.
+        """
+        self._measure(result)
+        self._score_untrained()
+
+    def _score_untrained(self) -> None:
+        with self._starting:
+            if self._untrained is None:
+                task = _untrained_task.options(name=shown_name(self._context, "untrained"), **self._share.options)
+                self._untrained = task.remote(self._context)
+
+    def _measure(self, result: SectionResult) -> None:
         name = shown_name(self._context, f"measure-section-{result.index:02d}")
         self._measurements[result.index] = _measure_task.options(name=name, **self._share.options).remote(
             self._context, result
@@ -165,10 +224,9 @@ class Reducer:
 
     def reduce(self, results: Sequence[SectionResult]) -> tuple[tuple[SectionMeasurement, ...], TestScores, Finished]:
         """Wait for the measurements, stitch, validate, and write the student."""
-        task = _untrained_task.options(name=shown_name(self._context, "untrained"), **self._share.options)
-        untrained = task.remote(self._context)
+        self._score_untrained()
         finished = self._finished(results)
-        return tuple(ray.get(list(self._measurements.values()))), ray.get(untrained), finished
+        return tuple(ray.get(list(self._measurements.values()))), ray.get(self._untrained), finished
 
     def num_measured(self) -> int:
         """How many sections are measured so far."""
