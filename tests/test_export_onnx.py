@@ -117,10 +117,12 @@ def test_an_older_opset_has_wider_integers(opset: int, kind: str, tmp_path: Path
     assert difference(open_onnx(path)(images().numpy()), net, images()) < NOISE
 
 
-def test_an_opset_that_is_too_old_is_wrong_usage(tmp_path: Path) -> None:
+def test_an_opset_that_is_too_old_or_unknown_is_wrong_usage(tmp_path: Path) -> None:
     net, layers, state = student(small_net(), weights={"scheme": "twn", "bits": 2})
     with pytest.raises(UsageError, match="--opset 11: expected 18 or more"):
         write_onnx(net, images(2), str(tmp_path / "x"), layers=layers, state=state, metadata={}, opset=11)
+    with pytest.raises(UsageError, match=r"--opset 99: expected [0-9]+ or less: onnx"):
+        write_onnx(net, images(2), str(tmp_path / "x"), layers=layers, state=state, metadata={}, opset=99)
 
 
 def test_a_scale_that_is_not_the_weights_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dcq_ray.data import load_splits
-from dcq_ray.export import Student, export_student
+from dcq_ray.errors import ExportError
+from dcq_ray.export import Student, export_student, writing
 from dcq_ray.export.checking import logits_of
 from dcq_ray.export.loading import student_network
 from dcq_ray.jobfile import resolve_job
@@ -141,3 +142,17 @@ def test_a_student_has_one_file_in_whatever_order_its_state_is_read(form: Any, t
     for name, found in (("a", student), ("b", turned)):
         export_student(found, form, str(tmp_path / name))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_file_that_is_refused_is_told_by_the_name_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flawed(*arguments: object, **named: object) -> bytes:
+        return b"dcq-pack" + bytes(100)
+
+    monkeypatch.setattr(writing, "pack", flawed)
+    path = tmp_path / "student.dcq"
+    with pytest.raises(ExportError) as caught:
+        export_student(student_of(job_of(weights={"scheme": "dorefa", "bits": 1})), "packed", str(path))
+    assert str(caught.value).startswith(f"{path}: a packed student of version 0")
+    assert os.listdir(tmp_path) == []

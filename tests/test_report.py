@@ -7,6 +7,9 @@ import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -367,7 +370,7 @@ def test_every_form_of_the_report_shows_where_accuracy_is_lost(report: RunReport
         assert re.search(r" +".join(map(re.escape, filter(None, row))), text)
         assert f"{row[0]}</th><td>{'</td><td>'.join(row[1:])}</td>" in page
     for form in (text, page):
-        assert "25 % 50 % 25 %" in form
+        assert "25 % 50 % 25 %" in form.replace("\N{NO-BREAK SPACE}", " ")
         assert "0 of 64" in form
     assert "▅█▅" in text
     assert "The score falls by 5.0 points from the teacher to the student" in page
@@ -447,3 +450,40 @@ def test_rows_are_headed_and_tables_named_for_those_who_hear_them(report: RunRep
     levels = [int(level) for level in re.findall(r"<h([1-6])", page)]
     assert levels[0] == 1
     assert set(levels[1:]) == {2}
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# What a browser found, as JSON in the page's title.
+PROBE = """<script>addEventListener("load", () => {
+  const colours = (selector) => getComputedStyle(document.querySelector(selector));
+  document.title = JSON.stringify({
+    resources: performance.getEntriesByType("resource").length,
+    overflow: document.documentElement.scrollWidth - innerWidth,
+    unnamed: [...document.querySelectorAll("svg[role=img], [role=region]")].filter((one) =>
+      !(one.ariaLabel || document.getElementById(one.getAttribute("aria-labelledby"))?.textContent)).length,
+    paper: colours("body").backgroundColor,
+    bar: colours("figure svg [style*='series-0']").fill,
+  });
+})</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_whole_page_from_its_bytes_alone(width: int, report: RunReport, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(report_html(diagnosed(report)).replace("</body>", f"{PROBE}</body>"))
+    command = [
+        *(str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+        *(f"--window-size={width},900", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = json.loads(shown.partition("<title>")[2].partition("</title>")[0])
+    assert (found["resources"], found["unnamed"]) == (0, 0)
+    # Tables scroll by themselves: the page is no wider than the window.
+    assert found["overflow"] <= 0
+    # Plots take the colours of the paper that they are on.
+    assert (found["paper"], found["bar"]) in (
+        ("rgb(252, 252, 251)", "rgb(0, 114, 178)"),
+        ("rgb(21, 24, 27)", "rgb(42, 155, 224)"),
+    )

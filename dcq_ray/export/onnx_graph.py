@@ -112,7 +112,7 @@ def write_onnx(
     try:
         onnx.checker.check_model(model, full_check=True)
         onnx.save_model(model, path)
-    except (onnx.checker.ValidationError, ValueError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise ExportError(f"{path}: ONNX's checker refuses the graph: {str(error).splitlines()[0]}") from error
 
 
@@ -154,10 +154,15 @@ def _explained(path: str) -> Iterator[None]:
 
 def _opset(layers: Sequence[LayerPlan], wanted: int | None) -> int:
     if wanted is not None:
+        import onnx
+
         if wanted < LEAST_OPSET:
             raise UsageError(
                 f"--opset {wanted}: expected {LEAST_OPSET} or more: PyTorch's exporter writes no older graphs"
             )
+        newest = onnx.defs.onnx_opset_version()
+        if wanted > newest:
+            raise UsageError(f"--opset {wanted}: expected {newest} or less: onnx {onnx.__version__} knows no newer one")
         return wanted
     bits = [_least_bits(layer_levels(layer)) for layer in layers if layer.bits < 32]
     if 2 in bits:
@@ -171,7 +176,8 @@ def _float_model(network: nn.Module, example: Tensor, opset: int) -> Any:
         for name, part in list(module.named_children()):
             if isinstance(part, FrozenInputQuantizer):
                 setattr(module, name, _ExportedQuantizer(part))
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -193,6 +199,12 @@ def _float_model(network: nn.Module, example: Tensor, opset: int) -> Any:
             "choose packed or safetensors"
         ) from error
     assert program is not None
+    found = {entry.domain: entry.version for entry in program.model_proto.opset_import}
+    # Where no converter reaches that opset, the exporter tells a log, and leaves the graph as it is.
+    if found.get("") != opset:
+        raise ExportError(
+            f"--opset {opset}: PyTorch's exporter gave a graph of opset {found.get('')} and cannot convert it; choose another opset"
+        )
     return program.model_proto
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dcq_ray.errors import StorageError
+from dcq_ray.errors import ExportError, StorageError
 from dcq_ray.export.checking import check_logits, logits_of
 from dcq_ray.export.loading import is_rebuilt, load_packed, student_network
 from dcq_ray.export.packed import pack
@@ -62,6 +62,9 @@ def export_student(student: Student, form: Form, path: str, *, opset: int | None
         )
         num_bytes = temporary.stat().st_size
         temporary.replace(target)
+    except ExportError as error:
+        # It is told of by the name that was asked for.
+        raise ExportError(str(error).replace(str(temporary), path)) from error
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written: {error}; name a file in a local folder that you may write to"

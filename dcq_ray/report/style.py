@@ -51,7 +51,7 @@ caption span { display: block; position: sticky; left: 0; max-width: min(67.5rem
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 tbody th { font-weight: inherit; }
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
-td.text:last-child { white-space: normal; min-width: 28rem; }
+td.text { white-space: normal; } td.text:last-child { min-width: 28rem; }
 thead th { color: var(--soft); font-weight: 600; }
 .scroll + .scroll { margin-top: 1.5rem; }
 figure { margin: 1rem 0 0; color: var(--ink); } figure svg { width: 100%; height: auto; max-width: 38rem; }

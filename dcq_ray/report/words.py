@@ -113,7 +113,8 @@ def state_rows(diagnosis: Diagnosis) -> list[tuple[str, ...]]:
     return [
         (
             layer.module,
-            " ".join(f"{100 * share:.0f} %" for share in layer.level_shares) or ABSENT,
+            # A number and its sign stay together on a narrow page.
+            " ".join(f"{100 * share:.0f}\N{NO-BREAK SPACE}%" for share in layer.level_shares) or ABSENT,
             f"{layer.num_constant_channels} of {layer.num_channels}" if layer.num_channels else ABSENT,
         )
         for layer in diagnosis.layers
