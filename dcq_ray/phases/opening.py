@@ -17,6 +17,7 @@ from dcq_ray.jobfile import job_yaml
 from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, changes_note, consequence, earlier_run
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import lease_boundaries, release_boundaries
+from dcq_ray.phases.gpu_trial import GPU_MEMORY_FILE
 from dcq_ray.phases.kept_merge import MERGED_FILE, MERGED_TENSORS_FILE
 from dcq_ray.phases.polish import POLISH_FOLDER
 from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
@@ -148,6 +149,7 @@ def clear_run(store: Store) -> None:
         MERGED_TENSORS_FILE,
         STATUS_FILE,
         INPUTS_FILE,
+        GPU_MEMORY_FILE,
     ):
         if store.exists(name):
             store.delete(name)

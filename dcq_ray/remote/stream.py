@@ -23,8 +23,6 @@ from dcq_ray.phases import (
     RunSession,
     SaveRequest,
     Streamed,
-    activation_memory_bytes,
-    choose_device,
     needs_images,
     open_network,
     open_splits,
@@ -37,7 +35,7 @@ from dcq_ray.phases import (
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.gpu_memory import cap_gpu_memory
+from dcq_ray.remote.gpu_memory import activation_bytes, cap_gpu_memory
 from dcq_ray.remote.workers import shown_name, unwrapped
 
 # So many ticks a section may be ahead of its successor.
@@ -69,7 +67,6 @@ class StreamWorker:
         context = self._context
         cap_gpu_memory()
         importable_from(context.job_folder)
-        device = choose_device(context.device)
         reads_images = any(needs_images(context, task.index) for task in tasks)
         for outcome in train_stream(
             context,
@@ -77,7 +74,7 @@ class StreamWorker:
             open_network(context),
             open_splits(context) if reads_images else None,
             emit=self._take_line,
-            memory_bytes=activation_memory_bytes(context.job, device, num_at_once=num_at_once),
+            memory_bytes=activation_bytes(context, [task.index for task in tasks], num_at_once=num_at_once),
             receive=self._receive if tasks[0].index else None,
             send=None if follower is None else _sender(follower),
             stream=stream,

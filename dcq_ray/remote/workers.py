@@ -18,8 +18,6 @@ from dcq_ray.phases import (
     Network,
     SaveRequest,
     TestScores,
-    activation_memory_bytes,
-    choose_device,
     dump_slices,
     finish,
     measure_sections,
@@ -44,7 +42,7 @@ from dcq_ray.records import (
 )
 from dcq_ray.remote.attempts import Attempts
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.gpu_memory import cap_gpu_memory
+from dcq_ray.remote.gpu_memory import activation_bytes, cap_gpu_memory
 
 ANSWER_SECONDS = 0.5
 
@@ -69,10 +67,6 @@ def shown_name(context: RunContext, work: str) -> str:
     Of actors names are unique, and that of one that died may still be taken when the next one starts: they say which try it is.
     """
     return f"dcq:{context.job.name}:{work}"
-
-
-def _cuda_works() -> bool:
-    return torch.cuda.is_available()
 
 
 def _dump(context: RunContext, indices: Sequence[int], missing: Sequence[Boundary]) -> Iterator[DumpedSlice]:
@@ -125,9 +119,7 @@ class SectionWorker(Worker):
                 open_network(context),
                 open_splits(context) if needs_images(context, task.index) else None,
                 emit=self._take,
-                memory_bytes=activation_memory_bytes(
-                    context.job, choose_device(context.device), num_at_once=num_at_once
-                ),
+                memory_bytes=activation_bytes(context, [task.index], num_at_once=num_at_once),
                 restarts=restarts,
                 request=self._request,
             )
@@ -151,8 +143,9 @@ class Stitcher(Worker):
 class Reducer:
     """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
 
-    def __init__(self, context: RunContext, share: Share) -> None:
-        self._context, self._share = context, share
+    def __init__(self, context: RunContext, share: Share, stitch_share: Share) -> None:
+        """`share`: of measurements and scores; `stitch_share`: of what stitches and validates."""
+        self._context, self._share, self._stitch_share = context, share, stitch_share
         self._measurements: dict[int, Any] = {}
         self._stitcher: Any = None
 
@@ -194,7 +187,7 @@ class Reducer:
         attempts = Attempts(polish_reached(self._context))
         while True:
             name = shown_name(self._context, f"stitcher:try-{attempts.num_restarts + 1}")
-            actor = StitchActor.options(name=name, max_concurrency=3, **self._share.options)
+            actor = StitchActor.options(name=name, max_concurrency=3, **self._stitch_share.options)
             self._stitcher = actor.remote(self._context)
             try:
                 found: Finished = ray.get(self._stitcher.finish.remote(results))
@@ -229,7 +222,6 @@ def unwrapped(reference: Any) -> Any:
         ) from error
 
 
-cuda_task = ray.remote(_cuda_works)
 dump_task = ray.remote(_dump)
 _measure_task = ray.remote(_measure)
 _untrained_task = ray.remote(_untrained)
