@@ -194,6 +194,14 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
     return replace(share, places=places)
 
 
+def larger_share(share: Share) -> Share | None:
+    """With half as many on a card; None where a section has a whole one, or none."""
+    if not 0 < share.num_gpus < 1:
+        return None
+    on_card = round(1 / share.num_gpus)
+    return replace(share, num_gpus=1 / (on_card // 2), places=max(1, share.places // on_card * (on_card // 2)))
+
+
 def wanted_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]], least_gpus: float = 0.0) -> Share:
     """What each of so many sections asks for, whether there is a place for it or not; `least_gpus`: as of `section_share`."""
     asked, accelerator = job.resources, job.resources.accelerator

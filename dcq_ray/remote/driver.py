@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,12 +27,13 @@ from dcq_ray.records import (
     Progress,
     RunContext,
     RunReport,
+    SectionFailure,
     SectionMeasurement,
     SectionResult,
 )
 from dcq_ray.remote.attempts import Attempts, plain_interrupts, saved_when_interrupted
 from dcq_ray.remote.autoscaling import asked_for
-from dcq_ray.remote.cluster import Share, connected, node_resources
+from dcq_ray.remote.cluster import Share, connected, larger_share, node_resources
 from dcq_ray.remote.gpu_needs import Shares, card_of, gpu_needs, shares_of
 from dcq_ray.remote.metrics import counted, metered
 from dcq_ray.remote.nodes import check_shared
@@ -42,6 +44,7 @@ from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
 
 POLL_SECONDS = 0.5
+Train = Callable[[RunSession, Share, Callable[[SectionResult], None]], tuple[list[SectionResult], list[SectionFailure]]]
 
 
 def run_remote(
@@ -90,8 +93,7 @@ def run_remote(
             session.dump(lambda missing: counted(_dumped(session.context, missing, shares.dump), missing, job.name))
             started = time.monotonic()
             reducer = _reducer(session, shares, session.reused.values())
-            train = train_streamed if session.streams else train_alone
-            results, failures = train(session, share, reducer.take.remote)
+            results, failures = trained(session, share, reducer.take.remote, say)
             train_seconds = time.monotonic() - started
             if failures:
                 raise report_failure(session, results, failures)
@@ -149,6 +151,30 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
             if num_seen[part] > num_yielded[part]:
                 num_yielded[part] += 1
                 yield dumped
+
+
+def trained(
+    session: RunSession,
+    share: Share,
+    took: Callable[[SectionResult], None],
+    say: Callable[[str], None],
+    *,
+    train: Train = train_alone,
+) -> tuple[list[SectionResult], list[SectionFailure]]:
+    """Train the pending sections; those that find their part of a card too small are tried again with more of one.
+
+    Sections in step are not: half as many workers would each have twice as many sections.
+    """
+    if session.streams:
+        return train_streamed(session, share, took)
+    while True:
+        results, failures = train(session, share, took)
+        larger = larger_share(share)
+        short = [failure.index for failure in failures if failure.error_type == torch.OutOfMemoryError.__name__]
+        if larger is None or not short or len(short) < len(failures):
+            return results, failures
+        say(f"sections {short} take more than {share.num_gpus:.2g} of a card: trying them with {larger.num_gpus:.2g}")
+        session, share = replace(session, results={result.index: result for result in results}), larger
 
 
 def _reducer(session: RunSession, shares: Shares, results: Iterable[SectionResult], num_restarts: int = 0) -> Any:

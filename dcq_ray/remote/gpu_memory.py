@@ -9,7 +9,7 @@ import ray
 import torch
 
 from dcq_ray.phases import activation_memory_bytes, choose_device, cuda_card, kept_gpu_memory
-from dcq_ray.records import RunContext
+from dcq_ray.records import GpuMemory, RunContext
 
 # Left to each process for what it takes of a card beside its tensors (CUDA's context, loaded kernels): an allowance, not a measure.
 CONTEXT_BYTES = 600 * 2**20
@@ -45,6 +45,14 @@ def needed_gpus(peak_bytes: int, total_bytes: int) -> float:
     return min(1.0, max(1, math.ceil(100 * needed - 1e-9)) / 100)
 
 
+def held_bytes(context: RunContext, memory: GpuMemory, indices: Sequence[int]) -> int:
+    """What a worker that trains these sections takes of a card at most.
+
+    With the whole teacher, of which the sections that it trained before may still be there.
+    """
+    return sum(memory.section_bytes[index] for index in indices) + context.plan.teacher_num_bytes
+
+
 def activation_bytes(context: RunContext, indices: Sequence[int], *, num_at_once: int) -> int:
     """How many bytes of activations a worker that trains these sections may keep in memory.
 
@@ -52,5 +60,5 @@ def activation_bytes(context: RunContext, indices: Sequence[int], *, num_at_once
     """
     device = choose_device(context.device)
     kept = kept_gpu_memory(context, cuda_card(device)) if device.type == "cuda" else None
-    working = None if kept is None else math.ceil(MARGIN * sum(kept.section_bytes[index] for index in indices))
+    working = None if kept is None else math.ceil(MARGIN * held_bytes(context, kept, indices))
     return activation_memory_bytes(context.job, device, num_at_once=num_at_once, working_bytes=working)

@@ -25,7 +25,7 @@ from dcq_ray.phases import (
 )
 from dcq_ray.records import Card, GpuMemory, RunContext
 from dcq_ray.remote.cluster import Share, count_cards, on_a_card, section_share, wanted_share
-from dcq_ray.remote.gpu_memory import cap_gpu_memory, needed_gpus
+from dcq_ray.remote.gpu_memory import cap_gpu_memory, held_bytes, needed_gpus
 from dcq_ray.remote.workers import shown_name, unwrapped
 
 
@@ -127,16 +127,17 @@ def shares_of(share: Share, session: RunSession, needs: GpuNeeds, nodes: Sequenc
 
 def _section_need(session: RunSession, memory: GpuMemory, num_cards: int) -> float:
     """The need of the section that takes most; of sections in step, that of the most workers on a card that all fit."""
-    total_bytes = memory.card.total_bytes
-    if not session.streams:
-        return needed_gpus(max(memory.section_bytes), total_bytes)
-    costs = [section.step_seconds for section in session.context.plan.sections]
+    context, total_bytes = session.context, memory.card.total_bytes
+    costs = [section.step_seconds for section in context.plan.sections]
     num_sections = len(costs)
+    if not session.streams:
+        largest = max(range(num_sections), key=lambda index: memory.section_bytes[index])
+        return needed_gpus(held_bytes(context, memory, [largest]), total_bytes)
     for on_card in range(on_a_card(num_sections, num_cards, 0.0), 1, -1):
         # As neighbours are dealt over workers, each of which holds its sections together.
         cuts = balanced_cuts(costs, min(num_sections, on_card * num_cards))
         ends = [*(cut + 1 for cut in cuts), num_sections]
-        held = [sum(memory.section_bytes[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        if needed_gpus(max(held), total_bytes) <= 1 / on_card:
+        groups = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        if needed_gpus(max(held_bytes(context, memory, group) for group in groups), total_bytes) <= 1 / on_card:
             return 1 / on_card
     return 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -104,6 +105,17 @@ class Worker:
         self._progress = progress
 
 
+def out_of_memory(task: SectionTask, error: torch.OutOfMemoryError) -> SectionFailure:
+    """What the report says of a section that takes more of a GPU than its worker has; call it while the error is handled."""
+    told = " ".join(str(error).splitlines()[:1])
+    return replace(
+        section_failure(task, error),
+        message=f"section {task.index}: its worker's part of a GPU is too small: {told}; lower train.batch_size, cut the network "
+        "into more sections, give each more of a card (resources.gpus_per_section), or name cards with more memory "
+        "(resources.accelerator)",
+    )
+
+
 class SectionWorker(Worker):
     """Trains one section."""
 
@@ -129,6 +141,8 @@ class SectionWorker(Worker):
             if isinstance(error, StorageError) and not isinstance(error, ShardError):
                 raise
             return section_failure(task, error)
+        except torch.OutOfMemoryError as error:
+            return out_of_memory(task, error)
 
 
 class Stitcher(Worker):
