@@ -255,7 +255,8 @@ class ResourcesSpec(SpecModel):
     """What Ray reserves for each section."""
 
     gpus_per_section: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
-    """auto: the cluster's GPUs over the sections, at most one each, a unit fraction below that; 0: CPU."""
+    """auto: the cluster's GPUs over the sections, at most one each; where there are more sections than GPUs, a unit fraction, as
+    many on a card as fit by peak memory, which is measured on one card before the run; 0: CPU."""
     cpus_per_section: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     memory_per_section: PositiveInt | Literal["auto"] = "auto"
     """Bytes of activations that a section keeps in memory, also asked of Ray; auto: half of what is free, and nothing asked."""

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcq_ray.jobfile import resolve_job
+from dcq_ray.phases import activation_memory_bytes
 from dcq_ray.remote.gpu_memory import CONTEXT_BYTES, cap_gpu_memory, memory_fraction
 
 GIB = 2**30
@@ -52,3 +54,36 @@ def test_a_worker_is_limited_to_what_ray_assigned_to_it(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
     cap_gpu_memory()
     assert fractions == pytest.approx(set_to)
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "part", "reserved_bytes", "working_bytes", "expected"),
+    [
+        # Alone on the card, nothing measured: half of what is free.
+        (80, 1.0, 0, None, 40),
+        # A quarter of 100, of which 5 are reserved: the rest of the card is others'.
+        (80, 0.25, 5, None, 10),
+        # What was measured is left free, and no more.
+        (80, 0.25, 5, 12, 8),
+        (80, 0.25, 5, 30, 0),
+        # Somebody else has more of the card than he was given.
+        (10, 0.5, 0, 4, 6),
+    ],
+)
+def test_a_worker_keeps_activations_in_its_own_part_of_the_card(
+    free_bytes: int,
+    part: float,
+    reserved_bytes: int,
+    working_bytes: int | None,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = resolve_job(
+        {"name": "j", "teacher": {"model": "dcq_ray:lenet"}, "data": {"dataset": "digits"}}, source="test"
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 100))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: part)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved_bytes)
+    # How many train at once on all cards does not matter.
+    found = activation_memory_bytes(job, torch.device("cuda"), num_at_once=7, working_bytes=working_bytes)
+    assert found == expected

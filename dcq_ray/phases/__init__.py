@@ -12,6 +12,7 @@ from dcq_ray.phases.committed import section_failure, section_tasks
 from dcq_ray.phases.context import Emit, Network, choose_device, ignore_progress, num_at_once, open_network, open_splits
 from dcq_ray.phases.dump import DumpedSlice, dump_slices, num_slices
 from dcq_ray.phases.footprint import Footprint, dump_footprint, section_footprint
+from dcq_ray.phases.gpu_trial import Meter, cuda_card, cuda_meter, kept_gpu_memory, measure_gpu_memory
 from dcq_ray.phases.local import run_local, section_done, section_failed
 from dcq_ray.phases.objective import section_objective
 from dcq_ray.phases.opening import open_run
@@ -47,6 +48,7 @@ __all__ = [
     "Emit",
     "Finished",
     "Footprint",
+    "Meter",
     "Network",
     "Outlook",
     "Prediction",
@@ -64,6 +66,8 @@ __all__ = [
     "checkpoint_store",
     "choose_device",
     "collect",
+    "cuda_card",
+    "cuda_meter",
     "dump_footprint",
     "dump_slices",
     "finish",
@@ -71,7 +75,9 @@ __all__ = [
     "keep_baseline",
     "kept_baseline",
     "kept_baselines",
+    "kept_gpu_memory",
     "longest_first",
+    "measure_gpu_memory",
     "measure_sections",
     "measure_untrained",
     "measured_section",

@@ -192,7 +192,7 @@ def dump_slices(
             for start in range(0, len(positions), context.job.data.batch_size):
                 batch = positions[start : start + context.job.data.batch_size]
                 images = images_of_view(context, splits, batch, view).to(device)
-                for number, value in _boundary_values(sections, images, last):
+                for number, value in boundary_values(sections, images, last):
                     if number in stored:
                         # Copied: the next section may work in place on this very tensor.
                         boundary, rows = stored[number]
@@ -242,9 +242,10 @@ def _lost(context: RunContext, boundary: Boundary) -> list[int]:
     return [index for index in range(num_slices(context)) if index not in shards]
 
 
-def _boundary_values(
+def boundary_values(
     sections: Sequence[torch.nn.Module], images: torch.Tensor, last: int
 ) -> Iterator[tuple[int, torch.Tensor]]:
+    """The teacher's activations at boundaries 0 to `last`, each with its number; the next section may work in place on them."""
     value = images
     yield 0, value
     with torch.no_grad():

@@ -18,6 +18,7 @@ from dcq_ray.phases.changes import JOB_FILE, PLAN_FILE, Earlier, changes, change
 from dcq_ray.phases.committed import RESULT_FILE, finished_section, section_tasks
 from dcq_ray.phases.context import Emit
 from dcq_ray.phases.dump import lease_boundaries, release_boundaries
+from dcq_ray.phases.gpu_trial import GPU_MEMORY_FILE
 from dcq_ray.phases.kept_merge import MERGED_FILE, MERGED_TENSORS_FILE
 from dcq_ray.phases.polish import POLISH_FOLDER
 from dcq_ray.phases.prepare import Prepared, prepare, prepared_progress
@@ -151,6 +152,7 @@ def clear_run(store: Store) -> None:
         MERGED_TENSORS_FILE,
         STATUS_FILE,
         INPUTS_FILE,
+        GPU_MEMORY_FILE,
     ):
         if store.exists(name):
             store.delete(name)

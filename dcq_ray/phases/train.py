@@ -161,15 +161,24 @@ def train_section(
     return committed
 
 
-def activation_memory_bytes(job: Job, device: torch.device, *, num_at_once: int) -> int:
-    """How many bytes of activations one of so many sections on this machine (or GPU) may keep in memory."""
+def activation_memory_bytes(
+    job: Job, device: torch.device, *, num_at_once: int, working_bytes: int | None = None
+) -> int:
+    """How many bytes of activations a section may keep in memory; of a GPU, of this process's part of it.
+
+    Args:
+        num_at_once: so many sections share this machine's memory.
+        working_bytes: what the training itself takes of the GPU, where that was measured; None: half of what is free.
+    """
     asked = job.resources.memory_per_section
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        part_bytes = int(torch.cuda.get_per_process_memory_fraction(device) * total_bytes)
+        own_bytes = min(free_bytes, part_bytes - torch.cuda.memory_reserved(device))
+        return max(0, own_bytes // 2 if working_bytes is None else own_bytes - working_bytes)
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free_bytes // (2 * max(1, num_at_once))
 
 

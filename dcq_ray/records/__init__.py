@@ -4,6 +4,7 @@ Fields are numbers, strings, flags, tuples, other records and the job: no tensor
 be derived is a property. Accuracies are fractions in [0, 1], sizes bytes, times seconds.
 """
 
+from dcq_ray.records.gpu import Card, GpuMemory
 from dcq_ray.records.json import from_json, seal_json, to_json, to_jsonable, unseal_json
 from dcq_ray.records.plan import BitsWork, Boundary, LayerPlan, PartitionPlan, SectionPlan
 from dcq_ray.records.progress import Progress, StatusReport
@@ -39,8 +40,10 @@ __all__ = [
     "BaselineReport",
     "BitsWork",
     "Boundary",
+    "Card",
     "Current",
     "Diagnosis",
+    "GpuMemory",
     "LayerDiagnosis",
     "LayerPlan",
     "LossPoint",

@@ -20,8 +20,9 @@ from dcq_ray.spec import Job
 POLL_SECONDS = 1.0
 SECONDS_BETWEEN_WORDS = 15.0
 Nodes = Callable[[], Sequence[Mapping[str, float]]]
-Sharing = Callable[[int, int], Share]
-"""From a number of sections, and how many places at least are waited for, to what each section gets."""
+Sharing = Callable[..., Share]
+"""From a number of sections, how many places at least are waited for, and which part of a card each needs at least (0: any), to
+what each section gets."""
 
 
 @contextlib.contextmanager
@@ -41,12 +42,12 @@ def asked_for(
     limit = job.resources.wait_seconds
     waited = 0.0
 
-    def share(num_sections: int, at_least: int) -> Share:
+    def share(num_sections: int, at_least: int, least_gpus: float = 0.0) -> Share:
         nonlocal waited
         if limit == 0:
-            return section_share(job, num_sections, nodes())
+            return section_share(job, num_sections, nodes(), least_gpus)
         num_awaited = max(1, at_least)
-        asked = wanted_share(job, num_sections, nodes()).bundle
+        asked = wanted_share(job, num_sections, nodes(), least_gpus).bundle
         request_resources(bundles=[dict(asked) for _ in range(num_sections)])
         told = f"{num_sections} x {' and '.join(f'{amount:g} {name}' for name, amount in asked.items())}"
         started = clock()
@@ -54,7 +55,7 @@ def asked_for(
         while True:
             missing = ""
             try:
-                found = section_share(job, num_sections, nodes())
+                found = section_share(job, num_sections, nodes(), least_gpus)
             except ClusterError as error:
                 missing, num_places = str(error), 0
             else:

@@ -157,13 +157,16 @@ def answers(address: str, timeout_seconds: float) -> bool:
     return len(header) == 9 and header[3] == HTTP2_SETTINGS_TYPE
 
 
-def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> Share:
+def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]], least_gpus: float = 0.0) -> Share:
     """What each section gets on nodes with these resources, as Ray names them; raises ClusterError where none fits.
 
     With `gpus_per_section: auto` the GPUs are dealt over the sections: one each at most, and below that a unit fraction, so
     that a whole number of sections shares a card.
+
+    Args:
+        least_gpus: the part of a card below which `auto` does not go, in (0, 1]; 0: any part will do.
     """
-    share = wanted_share(job, num_sections, nodes)
+    share = wanted_share(job, num_sections, nodes, least_gpus)
     amounts = share.bundle
     # The small number forgives sums such as 3 * (1 / 3).
     places = sum(
@@ -191,16 +194,23 @@ def section_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, floa
     return replace(share, places=places)
 
 
-def wanted_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]]) -> Share:
-    """What each of so many sections asks for, whether there is a place for it or not."""
+def larger_share(share: Share) -> Share | None:
+    """With half as many on a card; None where a section has a whole one, or none."""
+    if not 0 < share.num_gpus < 1:
+        return None
+    on_card = round(1 / share.num_gpus)
+    return replace(share, num_gpus=1 / (on_card // 2), places=max(1, share.places // on_card * (on_card // 2)))
+
+
+def wanted_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float]], least_gpus: float = 0.0) -> Share:
+    """What each of so many sections asks for, whether there is a place for it or not; `least_gpus`: as of `section_share`."""
     asked, accelerator = job.resources, job.resources.accelerator
     if asked.gpus_per_section != "auto":
         num_gpus = asked.gpus_per_section
     else:
-        fitting = [node for node in nodes if accelerator is None or accelerator_resource(accelerator) in node]
-        total_gpus = int(sum(node.get("GPU", 0.0) for node in fitting))
+        num_cards = count_cards(job, nodes)
         # With a type in mind, and none of it there, a section is not to end on a CPU.
-        num_gpus = min(1.0, 1.0 / -(-num_sections // total_gpus)) if total_gpus else float(accelerator is not None)
+        num_gpus = 1.0 / on_a_card(num_sections, num_cards, least_gpus) if num_cards else float(accelerator is not None)
     return Share(
         num_cpus=asked.cpus_per_section,
         num_gpus=num_gpus,
@@ -208,6 +218,21 @@ def wanted_share(job: Job, num_sections: int, nodes: Sequence[Mapping[str, float
         memory_bytes=0 if asked.memory_per_section == "auto" else asked.memory_per_section,
         accelerator=accelerator if num_gpus else None,
     )
+
+
+def count_cards(job: Job, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many GPUs nodes have that a job may use."""
+    accelerator = job.resources.accelerator
+    return int(
+        sum(node.get("GPU", 0.0) for node in nodes if accelerator is None or accelerator_resource(accelerator) in node)
+    )
+
+
+def on_a_card(num_sections: int, num_cards: int, least_gpus: float) -> int:
+    """How many sections share a card: as many as it takes to place all at once, but no more than fit into it."""
+    dealt = max(1, -(-num_sections // num_cards))
+    # The small number forgives quotients such as 1 / 0.02.
+    return min(dealt, max(1, int(1 / least_gpus + 1e-9))) if least_gpus else dealt
 
 
 def accelerator_resource(accelerator: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,21 +27,24 @@ from dcq_ray.records import (
     Progress,
     RunContext,
     RunReport,
+    SectionFailure,
     SectionMeasurement,
     SectionResult,
 )
 from dcq_ray.remote.attempts import Attempts, plain_interrupts, saved_when_interrupted
 from dcq_ray.remote.autoscaling import asked_for
-from dcq_ray.remote.cluster import Share, connected
+from dcq_ray.remote.cluster import Share, connected, larger_share, node_resources
+from dcq_ray.remote.gpu_needs import Shares, card_of, gpu_needs, shares_of
 from dcq_ray.remote.metrics import counted, metered
 from dcq_ray.remote.nodes import check_shared
 from dcq_ray.remote.sections import train_alone
 from dcq_ray.remote.stream import train_streamed
-from dcq_ray.remote.workers import ReducerActor, cuda_task, dump_task, shown_name, unwrapped
+from dcq_ray.remote.workers import ReducerActor, dump_task, shown_name, unwrapped
 from dcq_ray.spec import Job
 from dcq_ray.storage import open_store
 
 POLL_SECONDS = 0.5
+Train = Callable[[RunSession, Share, Callable[[SectionResult], None]], tuple[list[SectionResult], list[SectionFailure]]]
 
 
 def run_remote(
@@ -73,26 +77,28 @@ def run_remote(
         # One place is enough to find out what there is to do.
         share = shared_by(job.sections.count or 1, 1)
         check_shared(folders)
-        device = _cluster_device(share)
+        card = card_of(share)
+        device = torch.device("cpu" if card is None else "cuda")
         say(f"running on {phrase}: {share.places} sections at once on {device.type}")
         opened = open_run(job, job_folder, device=device, emit=metered(emit, job.name), owner=owner, fresh=fresh)
         with opened as session, plain_interrupts():
             if session.finished_report is not None:
                 return session.finished_report
-            share = shared_by(len(session.tasks), len(session.pending))
+            needs = gpu_needs(session, card, node_resources(), say=say)
+            share = shared_by(len(session.tasks), len(session.pending), needs.section)
+            shares = shares_of(share, session, needs, node_resources())
             if job.resources.wait_seconds:
                 # Of nodes that came meanwhile.
                 check_shared(folders)
-            session.dump(lambda missing: counted(_dumped(session.context, missing, share), missing, job.name))
+            session.dump(lambda missing: counted(_dumped(session.context, missing, shares.dump), missing, job.name))
             started = time.monotonic()
-            reducer = _reducer(session, share, session.reused.values())
-            train = train_streamed if session.streams else train_alone
-            results, failures = train(session, share, reducer.take.remote)
+            reducer = _reducer(session, shares, session.reused.values())
+            results, failures = trained(session, share, reducer.take.remote, say)
             train_seconds = time.monotonic() - started
             if failures:
                 raise report_failure(session, results, failures)
             session.remove_checkpoints()
-            measurements, scores, finished = _reduced(session, share, reducer, results)
+            measurements, scores, finished = _reduced(session, shares, reducer, results)
             report = report_success(
                 session,
                 results,
@@ -104,13 +110,6 @@ def run_remote(
             )
             session.emit(Progress(phase="reduce", state="done"))
             return report
-
-
-def _cluster_device(share: Share) -> torch.device:
-    """cuda where a worker that holds a GPU can use it; Ray also schedules GPUs that are only declared."""
-    if not share.num_gpus:
-        return torch.device("cpu")
-    return torch.device("cuda" if ray.get(cuda_task.options(**share.options).remote()) else "cpu")
 
 
 def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> Iterator[DumpedSlice]:
@@ -154,14 +153,40 @@ def _dumped(context: RunContext, missing: Sequence[Boundary], share: Share) -> I
                 yield dumped
 
 
-def _reducer(session: RunSession, share: Share, results: Iterable[SectionResult], num_restarts: int = 0) -> Any:
+def trained(
+    session: RunSession,
+    share: Share,
+    took: Callable[[SectionResult], None],
+    say: Callable[[str], None],
+    *,
+    train: Train = train_alone,
+) -> tuple[list[SectionResult], list[SectionFailure]]:
+    """Train the pending sections; those that find their part of a card too small are tried again with more of one.
+
+    Sections in step are not: half as many workers would each have twice as many sections.
+    """
+    if session.streams:
+        return train_streamed(session, share, took)
+    while True:
+        results, failures = train(session, share, took)
+        larger = larger_share(share)
+        short = [failure.index for failure in failures if failure.error_type == torch.OutOfMemoryError.__name__]
+        if larger is None or not short or len(short) < len(failures):
+            return results, failures
+        say(f"sections {short} take more than {share.num_gpus:.2g} of a card: trying them with {larger.num_gpus:.2g}")
+        session, share = replace(session, results={result.index: result for result in results}), larger
+
+
+def _reducer(session: RunSession, shares: Shares, results: Iterable[SectionResult], num_restarts: int = 0) -> Any:
     """A reducer that begins to measure these results."""
     name = shown_name(session.context, f"reducer:try-{num_restarts + 1}")
-    return ReducerActor.options(name=name, num_cpus=0, max_concurrency=3).remote(session.context, share, tuple(results))
+    return ReducerActor.options(name=name, num_cpus=0, max_concurrency=3).remote(
+        session.context, shares.score, shares.stitch, tuple(results)
+    )
 
 
 def _reduced(
-    session: RunSession, share: Share, reducer: Any, results: Sequence[SectionResult]
+    session: RunSession, shares: Shares, reducer: Any, results: Sequence[SectionResult]
 ) -> tuple[Sequence[SectionMeasurement], TestScores, Finished]:
     """What the reducer finds; one that dies is replaced by another, which takes over what was measured."""
     attempts = Attempts(0)
@@ -174,7 +199,7 @@ def _reduced(
                     f"the reducer died {attempts.num_restarts + 1} times; the last time: {error}"
                 ) from error
             session.emit(Progress(phase="reduce", state="waiting", detail="the reducer died; starting another"))
-            reducer = _reducer(session, share, results, attempts.num_restarts)
+            reducer = _reducer(session, shares, results, attempts.num_restarts)
 
 
 def _found(

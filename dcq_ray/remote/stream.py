@@ -23,8 +23,6 @@ from dcq_ray.phases import (
     RunSession,
     SaveRequest,
     Streamed,
-    activation_memory_bytes,
-    choose_device,
     needs_images,
     open_network,
     open_splits,
@@ -37,8 +35,8 @@ from dcq_ray.phases import (
 from dcq_ray.records import Progress, RunContext, SectionFailure, SectionResult, SectionTask
 from dcq_ray.remote.attempts import Attempts, attempts_failure, saved_when_interrupted
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.gpu_memory import cap_gpu_memory
-from dcq_ray.remote.workers import shown_name, unwrapped
+from dcq_ray.remote.gpu_memory import activation_bytes, cap_gpu_memory
+from dcq_ray.remote.workers import out_of_memory, shown_name, unwrapped
 
 # So many ticks a section may be ahead of its successor.
 MAX_TICKS_AHEAD = 4
@@ -69,26 +67,30 @@ class StreamWorker:
         context = self._context
         cap_gpu_memory()
         importable_from(context.job_folder)
-        device = choose_device(context.device)
         reads_images = any(needs_images(context, task.index) for task in tasks)
-        for outcome in train_stream(
-            context,
-            tasks,
-            open_network(context),
-            open_splits(context) if reads_images else None,
-            emit=self._take_line,
-            memory_bytes=activation_memory_bytes(context.job, device, num_at_once=num_at_once),
-            receive=self._receive if tasks[0].index else None,
-            send=None if follower is None else _sender(follower),
-            stream=stream,
-            restarts=restarts,
-            start_tick=start_tick,
-            request=self._request,
-        ):
+        try:
+            for outcome in train_stream(
+                context,
+                tasks,
+                open_network(context),
+                open_splits(context) if reads_images else None,
+                emit=self._take_line,
+                memory_bytes=activation_bytes(context, [task.index for task in tasks], num_at_once=num_at_once),
+                receive=self._receive if tasks[0].index else None,
+                send=None if follower is None else _sender(follower),
+                stream=stream,
+                restarts=restarts,
+                start_tick=start_tick,
+                request=self._request,
+            ):
+                with self._changed:
+                    self._outcomes.append(outcome)
+                    # Its outcome is its last line.
+                    self._lines.pop(outcome.index, None)
+        except torch.OutOfMemoryError as error:
+            # Which of its sections it was does not matter: together they are too large.
             with self._changed:
-                self._outcomes.append(outcome)
-                # Its outcome is its last line.
-                self._lines.pop(outcome.index, None)
+                self._outcomes.append(out_of_memory(tasks[0], error))
 
     def save(self, timeout_seconds: float) -> bool:
         """Have all sections of the stream saved, if this is the first worker; whether its own are by then."""

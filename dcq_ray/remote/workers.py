@@ -6,6 +6,7 @@ import contextlib
 import gc
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,8 +21,6 @@ from dcq_ray.phases import (
     Network,
     SaveRequest,
     TestScores,
-    activation_memory_bytes,
-    choose_device,
     dump_slices,
     finish,
     measure_sections,
@@ -46,7 +45,7 @@ from dcq_ray.records import (
 )
 from dcq_ray.remote.attempts import Attempts
 from dcq_ray.remote.cluster import Share
-from dcq_ray.remote.gpu_memory import cap_gpu_memory
+from dcq_ray.remote.gpu_memory import activation_bytes, cap_gpu_memory
 
 ANSWER_SECONDS = 0.5
 
@@ -68,9 +67,8 @@ def _open(context: RunContext) -> tuple[Network, Splits]:
 def _free_memory() -> None:
     """Give back what an earlier section took: traced modules hold each other, so counting references alone frees none."""
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    # Nothing where CUDA was not used.
+    torch.cuda.empty_cache()
 
 
 def shown_name(context: RunContext, work: str) -> str:
@@ -79,10 +77,6 @@ def shown_name(context: RunContext, work: str) -> str:
     Of actors names are unique, and that of one that died may still be taken when the next one starts: they say which try it is.
     """
     return f"dcq:{context.job.name}:{work}"
-
-
-def _cuda_works() -> bool:
-    return torch.cuda.is_available()
 
 
 def _dump(context: RunContext, indices: Sequence[int], missing: Sequence[Boundary]) -> Iterator[DumpedSlice]:
@@ -132,6 +126,17 @@ class Worker:
         self._progress = progress
 
 
+def out_of_memory(task: SectionTask, error: torch.OutOfMemoryError) -> SectionFailure:
+    """What the report says of a section that takes more of a GPU than its worker has; call it while the error is handled."""
+    told = " ".join(str(error).splitlines()[:1])
+    return replace(
+        section_failure(task, error),
+        message=f"section {task.index}: its worker's part of a GPU is too small: {told}; lower train.batch_size, cut the network "
+        "into more sections, give each more of a card (resources.gpus_per_section), or name cards with more memory "
+        "(resources.accelerator)",
+    )
+
+
 class SectionWorker(Worker):
     """Trains sections, one after another; what one gives does not depend on those before it."""
 
@@ -154,9 +159,7 @@ class SectionWorker(Worker):
                     self._opened_network(),
                     self._opened_splits() if needs_images(context, task.index) else None,
                     emit=self._take,
-                    memory_bytes=activation_memory_bytes(
-                        context.job, choose_device(context.device), num_at_once=num_at_once
-                    ),
+                    memory_bytes=activation_bytes(context, [task.index], num_at_once=num_at_once),
                     restarts=restarts,
                     request=request,
                 )
@@ -166,6 +169,8 @@ class SectionWorker(Worker):
             if isinstance(error, StorageError) and not isinstance(error, ShardError):
                 raise
             return section_failure(task, error)
+        except torch.OutOfMemoryError as error:
+            return out_of_memory(task, error)
 
     def _opened_network(self) -> Network:
         if self._network is None:
@@ -191,9 +196,11 @@ class Stitcher(Worker):
 class Reducer:
     """Takes sections as they finish, has each measured alone, and at the end has them stitched and validated."""
 
-    def __init__(self, context: RunContext, share: Share, results: Sequence[SectionResult] = ()) -> None:
-        """`results`: of sections that have finished before."""
-        self._context, self._share = context, share
+    def __init__(
+        self, context: RunContext, share: Share, stitch_share: Share, results: Sequence[SectionResult] = ()
+    ) -> None:
+        """`share`: of measurements and scores; `stitch_share`: of what stitches and validates; `results`: had before."""
+        self._context, self._share, self._stitch_share = context, share, stitch_share
         self._measurements: dict[int, Any] = {}
         self._untrained: Any = None
         # The last result may be taken while the reducing begins.
@@ -252,7 +259,7 @@ class Reducer:
         attempts = Attempts(polish_reached(self._context))
         while True:
             name = shown_name(self._context, f"stitcher:try-{attempts.num_restarts + 1}")
-            actor = StitchActor.options(name=name, max_concurrency=3, **self._share.options)
+            actor = StitchActor.options(name=name, max_concurrency=3, **self._stitch_share.options)
             self._stitcher = actor.remote(self._context)
             try:
                 found: Finished = ray.get(self._stitcher.finish.remote(results))
@@ -287,7 +294,6 @@ def unwrapped(reference: Any) -> Any:
         ) from error
 
 
-cuda_task = ray.remote(_cuda_works)
 dump_task = ray.remote(_dump)
 _measure_task = ray.remote(_measure)
 _untrained_task = ray.remote(_untrained)
