@@ -37,7 +37,9 @@ def test_text_and_drawings_stand_out_from_the_paper(colors: dict[str, str], whic
 
 
 def test_plots_take_the_pages_colours() -> None:
-    svg = front_plot({"a": [(1024, 0.5), (2048, 0.7)], "b": [(1024, 0.4)]})
+    alone = front_plot({"a": [(1024, 0.5), (2048, 0.7)], "b": [(1024, 0.4)]})
+    assert "var(" not in alone
+    svg = themed(alone)
     for number, color in enumerate(list(SERIES)[:2]):
         assert f"var(--series-{number}, {color})" in svg
         assert len(re.findall(color, svg)) == svg.count(f"var(--series-{number}, {color})")

@@ -12,7 +12,7 @@ from dcq_ray.report.advice import advice
 from dcq_ray.report.deploy import DEPLOY_COLUMNS, deploy_caption, deploy_rows, deploy_verdict
 from dcq_ray.report.front import FRONT_COLUMNS, front_caption, front_rows, searched_plot
 from dcq_ray.report.plots import MAX_LEVEL_ROWS, error_plot, level_plot, loss_plot, size_plot, waterfall_plot
-from dcq_ray.report.style import STYLE
+from dcq_ray.report.style import STYLE, themed
 from dcq_ray.report.words import (
     LAYER_COLUMNS,
     STATE_COLUMNS,
@@ -233,7 +233,7 @@ def _validation(report: RunReport) -> str:
 
 
 def _plot(title: str, svg: str, description: str) -> str:
-    labelled = svg.replace("<svg", f'<svg role="img" aria-label="{escape(description, quote=True)}"', 1)
+    labelled = themed(svg).replace("<svg", f'<svg role="img" aria-label="{escape(description, quote=True)}"', 1)
     return f"<figure><figcaption>{escape(title)}</figcaption>{labelled}</figure>"
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from dcq_ray.records import RunReport
-from dcq_ray.report.style import SERIES, themed
+from dcq_ray.report.style import SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,7 +193,7 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dcq-ray", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     content = buffer.getvalue()
-    content = themed(content[content.index("<svg") :].replace(INK, "currentColor"))
+    content = content[content.index("<svg") :].replace(INK, "currentColor")
     # The size comes from the page; the names of other people's servers in namespaces load nothing, but the metadata goes.
     content = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", content, count=1)
     content = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", content, count=1)

@@ -23,7 +23,7 @@ SERIES = {
 
 
 def themed(svg: str) -> str:
-    """A plot whose colours are the page's variables; where it stands alone they are as drawn."""
+    """A plot whose colours are the page's variables, which a viewer of images alone does not know."""
     for number, color in enumerate(SERIES):
         svg = svg.replace(color, f"var(--series-{number}, {color})")
     return svg
