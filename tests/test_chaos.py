@@ -66,7 +66,9 @@ def test_seconds_lost_and_students_by_hand() -> None:
 def test_a_worker_is_known_by_its_title_and_what_was_started_by_its_mark(tmp_path: Path) -> None:
     titles = {
         "ray::_dump": (True, False),
-        "ray::SectionWorker.train": (True, True),
+        "ray::SectionWorker": (True, True),
+        "ray::dcq:small:section-03:try-1": (True, True),
+        "ray::dcq:small:measure-section-03": (True, False),
         "ray::Stitcher.finish": (True, True),
         "ray::Reducer": (True, True),
         "ray::IDLE": (False, False),

@@ -125,7 +125,7 @@ def test_submitted_runs_give_the_local_student_and_their_exit_codes(
 
     # Ray's dashboard shows by name what did it.
     shown = shown_names(cluster, "tasks") | shown_names(cluster, "actors")
-    wanted = {"reducer:try-1", "stitcher:try-1", "untrained"}
+    wanted = {"reducer:try-1", "stitcher:try-1", "untrained", "worker-1:try-1"}
     wanted |= {
         f"{work}{index}{ending}"
         for index in range(2)

@@ -104,10 +104,10 @@ def test_rays_endpoint_shows_a_run_whose_student_is_the_same(
         job, str(tmp_path), address="local", environment=os.environ, emit=emit, say=lambda _: None, owner="test"
     )
     assert remote.student == local.student
-    # While one section ends another is in training: Ray's dashboard shows them by name.
-    sections = {f"dcq:small:section-{index:02d}:try-1" for index in range(3)}
-    assert names & sections
-    assert names <= {"dcq:small:reducer:try-1", *sections}
+    # Ray's dashboard shows workers by name.
+    workers = {f"dcq:small:worker-{place}:try-1" for place in range(1, 4)}
+    assert names & workers
+    assert names <= {"dcq:small:reducer:try-1", *workers}
     assert seen["by hand dumped"] == (4 + 6) * 2 * 12
     for section in remote.sections:
         index = section.index

@@ -30,7 +30,7 @@ def ancestors(pid: int) -> list[int]:
 
 
 def ray_workers(name: str) -> list[int]:
-    """The actors of a class that this process's Ray has started."""
+    """The processes of this process's Ray with such a title: an actor's class, or the name of what it does."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

@@ -1,7 +1,7 @@
 """The phases as Ray tasks and actors: the only package that knows Ray.
 
-The dump is tasks over slices of the data; every section is a `SectionWorker` actor of its own, started longest first and
-freed as soon as it ends; the `Reducer` actor takes results as they come and measures each in a short task, so that it holds
+The dump is tasks over slices of the data; `SectionWorker` actors, one on each place, train section after section, longest first,
+and end as soon as none waits; the `Reducer` actor takes results as they come and measures each in a short task, so that it holds
 no GPU while sections need it. What travels is the `RunContext` and records; weights, images and activations are opened from
 files by who needs them.
 """

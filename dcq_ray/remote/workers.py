@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -63,6 +64,14 @@ def _open(context: RunContext) -> tuple[Network, Splits]:
     return _opened[key]
 
 
+def _free_memory() -> None:
+    """Give back what an earlier section took: traced modules hold each other, so counting references alone frees none."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def shown_name(context: RunContext, work: str) -> str:
     """What Ray's dashboard shows of a task or an actor: the run, and what it does.
 
@@ -95,48 +104,77 @@ class Worker:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._progress: Progress | None = None
-        self._request = SaveRequest()
+        self._request: SaveRequest | None = None
 
     def progress(self) -> Progress | None:
         """The latest line of the work, or None before its first step."""
         return self._progress
 
     def save(self, timeout_seconds: float) -> bool:
-        """Have the work save itself at its next step, and say whether it did in time."""
-        self._request.make()
-        return self._request.wait(timeout_seconds)
+        """Have the work save itself at its next step, and say whether it did in time; False at once where there is none."""
+        request = self._request
+        if request is None:
+            return False
+        request.make()
+        return request.wait(timeout_seconds)
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[SaveRequest]:
+        """A piece of work begins without lines or wishes of an earlier one; yields where its own wishes are made."""
+        self._progress, self._request = None, SaveRequest()
+        try:
+            yield self._request
+        finally:
+            self._request = None
 
     def _take(self, progress: Progress) -> None:
         self._progress = progress
 
 
 class SectionWorker(Worker):
-    """Trains one section."""
+    """Trains sections, one after another; what one gives does not depend on those before it."""
+
+    def __init__(self, context: RunContext) -> None:
+        super().__init__(context)
+        self._network: Network | None = None
+        self._splits: Splits | None = None
 
     def train(self, task: SectionTask, num_at_once: int, restarts: int) -> SectionResult | SectionFailure:
         """The result of the task, or why it failed where it would fail again; what may pass is raised."""
         context = self._context
+        _free_memory()
         cap_gpu_memory()
         importable_from(context.job_folder)
         try:
-            return train_section(
-                context,
-                task,
-                open_network(context),
-                open_splits(context) if needs_images(context, task.index) else None,
-                emit=self._take,
-                memory_bytes=activation_memory_bytes(
-                    context.job, choose_device(context.device), num_at_once=num_at_once
-                ),
-                restarts=restarts,
-                request=self._request,
-            )
+            with self._working() as request:
+                return train_section(
+                    context,
+                    task,
+                    self._opened_network(),
+                    self._opened_splits() if needs_images(context, task.index) else None,
+                    emit=self._take,
+                    memory_bytes=activation_memory_bytes(
+                        context.job, choose_device(context.device), num_at_once=num_at_once
+                    ),
+                    restarts=restarts,
+                    request=request,
+                )
         except StaleRunError:
             raise
         except DcqError as error:
             if isinstance(error, StorageError) and not isinstance(error, ShardError):
                 raise
             return section_failure(task, error)
+
+    def _opened_network(self) -> Network:
+        if self._network is None:
+            self._network = open_network(self._context)
+        return self._network
+
+    def _opened_splits(self) -> Splits:
+        if self._splits is None:
+            self._splits = open_splits(self._context)
+        return self._splits
 
 
 class Stitcher(Worker):
@@ -145,7 +183,8 @@ class Stitcher(Worker):
     def finish(self, results: Sequence[SectionResult]) -> Finished:
         """What `finish` found."""
         opened = _open(self._context)
-        return finish(self._context, results, *opened, emit=self._take, request=self._request)
+        with self._working() as request:
+            return finish(self._context, results, *opened, emit=self._take, request=request)
 
 
 class Reducer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import secrets
 import signal
 import time
@@ -28,7 +29,7 @@ KINDS: tuple[Kind, ...] = ("task", "actor", "raylet", "cut", "driver")
 MARKER = "DCQ_CHAOS"
 # What else bears such titles: a node's idle workers, and Ray's own helpers.
 NO_WORK = ("IDLE", "DashboardAgent", "RuntimeEnvAgent")
-ACTORS = ("SectionWorker", "StreamWorker", "Stitcher", "Reducer")
+ACTORS = re.compile("SectionWorker|StreamWorker|Stitcher|Reducer|dcq:[^:]*:section-")
 # A node that does not answer for about ten seconds is dead; Ray's own settings wait for about a minute.
 SYSTEM_CONFIG = {
     "health_check_initial_delay_ms": 5000,
@@ -61,7 +62,7 @@ class Process:
     @property
     def is_actor(self) -> bool:
         """Whether it holds one of the actors of a run."""
-        return self.title.removeprefix("ray::").startswith(ACTORS)
+        return ACTORS.match(self.title.removeprefix("ray::")) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
