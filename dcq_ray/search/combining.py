@@ -21,7 +21,7 @@ from dcq_ray.search.measuring import measure_combinations, merge_store
 from dcq_ray.storage import Store
 
 # So many combinations that are best by prediction are measured before one is chosen.
-NUM_LOOKED_AT = 6
+NUM_LOOKED_AT = 4
 # Of the whole front.
 NUM_SHOWN = 8
 
