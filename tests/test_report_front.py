@@ -43,6 +43,9 @@ def test_the_caption_says_what_was_asked_for(searched: Searched) -> None:
     assert front_caption(searched) == (
         "The last search, for a network within 2,500 bytes: 1234 combinations on the front"
     )
+    assert front_caption(replace(searched, num_looked_at=9)).endswith(
+        "on the front; chosen among 9 by their held-out score, which flatters the best of them"
+    )
     drop = replace(searched, budget_bytes=None, max_drop=0.015, rank_correlation=0.875)
     assert "that loses at most 1.5 points" in front_caption(drop)
     assert front_caption(drop).endswith("those shown: 0.88")

@@ -68,6 +68,7 @@ def test_a_search_combines_what_is_trained_and_another_budget_trains_nothing(
     assert chosen["score"] >= uniform["dorefa-2"]["score"]
     within = [candidate for candidate in found["front"] if candidate["num_bytes"] <= found["budget_bytes"]]
     assert chosen["score"] >= max(candidate["score"] for candidate in within)
+    assert len(within) < found["num_looked_at"] <= 4 + len(within) + len(uniform)
     # It became the run of the run directory: the very attempts of the library, nothing trained again.
     assert report["status"] == "succeeded"
     assert report["student"]["num_bytes_packed"] == chosen["num_bytes"]

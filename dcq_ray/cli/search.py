@@ -56,7 +56,7 @@ PLOT_FILE = "search.svg"
 @click.option(
     "--looks",
     type=click.IntRange(min=1),
-    default=8,
+    default=4,
     show_default=True,
     metavar="N",
     help="How many networks that are predicted best within the budget are measured on held-out images.",

@@ -29,6 +29,8 @@ def front_caption(searched: Searched) -> str:
     else:
         asked = f"that loses at most {100 * (searched.max_drop or 0.0):g} points"
     told = f"The last search, for a network {asked}: {searched.num_on_front} combinations on the front"
+    if searched.num_looked_at is not None:
+        told += f"; chosen among {searched.num_looked_at} by their held-out score, which flatters the best of them"
     if searched.rank_correlation is None:
         return told
     return f"{told}; rank correlation of the predicted and the measured order of those shown: {searched.rank_correlation:.2f}"

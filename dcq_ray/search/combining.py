@@ -21,7 +21,7 @@ from dcq_ray.search.measuring import measure_combinations, merge_store
 from dcq_ray.storage import Store
 
 # So many combinations that are best by prediction are measured before one is chosen.
-NUM_LOOKED_AT = 8
+NUM_LOOKED_AT = 4
 # Of the whole front.
 NUM_SHOWN = 8
 
@@ -54,6 +54,8 @@ class Searched:
     num_on_front: int
     rank_correlation: float | None
     """Spearman's, of the predicted order of the front and the measured one; None where there are too few."""
+    num_looked_at: int | None = None
+    """So many networks were measured to choose the best among: its score is that of the luckiest, too."""
 
 
 def search_library(
@@ -115,9 +117,9 @@ def search_library(
         others = [found for found in (*shown, *uniform) if found.num_bytes <= budget_bytes]
         inside_bytes = budget_bytes - library.rest_num_bytes
         (predicted,) = best_within(inside, inside_bytes, 1)
-        possible = [*map(whole, neighbours(predicted, alone, inside_bytes, num_looked_at)), *others]
-        score_all([*possible, *shown, *uniform])
-        best = max(possible, key=lambda found: (score(found), -found.num_bytes))
+        looked_at = [*map(whole, neighbours(predicted, alone, inside_bytes, num_looked_at)), *others]
+        score_all([*looked_at, *shown, *uniform])
+        best = max(looked_at, key=lambda found: (score(found), -found.num_bytes))
     else:
         top1 = library.prepared.held_out_top1
         # Without labels the score is the agreement with the teacher, which agrees with itself.
@@ -151,6 +153,7 @@ def search_library(
         front=tuple(candidate(found) for found in shown),
         num_on_front=len(front),
         rank_correlation=None if math.isnan(order) else order,
+        num_looked_at=len({found.choices for found in looked_at}),
     )
 
 
