@@ -83,12 +83,25 @@ def test_the_gate_exits_3_every_time_and_publishes_nothing(job_path: str, tmp_pa
         done = dcq("run", job_path, *options)
         assert done.returncode == 3, done.stderr
         assert "the gate allows 0" in done.stderr
-    assert not (tmp_path / "shop").exists()
+    assert not list((tmp_path / "shop").iterdir())
     done = dcq("run", job_path, "--address", "none", "--max-drop", "100", "--publish", str(tmp_path / "shop"))
     assert done.returncode == 0, done.stderr
     current = tmp_path / "shop" / "current"
     assert (current / "student.safetensors").read_bytes() == (tmp_path / "run" / "student.safetensors").read_bytes()
     assert current.resolve().name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "told"), [("run", 2, "that is the run directory itself"), ("job.yaml/shop", 1, "job.yaml/shop")]
+)
+def test_a_place_where_nothing_can_be_published_is_told_before_the_run(
+    place: str, code: int, told: str, job_path: str, tmp_path: Path
+) -> None:
+    done = dcq("run", job_path, "--address", "none", "--publish", str(tmp_path / place))
+    assert done.returncode == code, done.stderr
+    assert told in done.stderr
+    assert one_paragraph(done.stderr)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

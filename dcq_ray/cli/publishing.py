@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 from typing import TYPE_CHECKING, Literal
 
 import click
 
+from dcq_ray.errors import UsageError
+
 if TYPE_CHECKING:
     from dcq_ray.records import RunReport
     from dcq_ray.storage import Store
+
+
+def check_place(store: Store, target: str) -> None:
+    """Refuse a place where nothing can be published, before hours of work for it.
+
+    Raises:
+        StorageError: it is no place for files, or cannot be written.
+        UsageError: it is the run's own directory.
+    """
+    from dcq_ray.storage import open_store
+
+    place = open_store(target)
+    if place.uri == store.uri:
+        raise UsageError(f"--publish {place.location()}: that is the run directory itself; name another folder")
+    name = f".writable-{secrets.token_hex(8)}"
+    place.write_bytes(name, b"")
+    place.delete(name)
 
 
 def published(

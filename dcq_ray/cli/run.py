@@ -15,7 +15,7 @@ import click
 
 from dcq_ray.cli.hooks import check_webhook, split_command, told_at_end
 from dcq_ray.cli.options import debug_option, job_argument, log_format_option, read_job, run_dir_option, set_option
-from dcq_ray.cli.publishing import published, tell
+from dcq_ray.cli.publishing import check_place, published, tell
 from dcq_ray.errors import RunInterrupted, RunTerminated
 from dcq_ray.jobfile import EXAMPLE_JOB
 
@@ -111,6 +111,8 @@ def run(
         job, folder = read_job(job_path, overrides, run_dir)
         ending.job = job
         store = open_store(job.storage.run_dir)
+        if publish is not None:
+            check_place(store, publish)
         result = None if fresh else _unchanged(store, job, folder, with_rival=with_rival)
         if result is not None:
             ending.report = result
