@@ -3,7 +3,7 @@
 A section is trained alone, on what the teacher gives it. A few steps may lower its own loss and still cost the network, where
 errors add up. So from the first section to the last each is tried at its other ends, the others as they are: at its start, fitted
 on the teacher's own activations, and fitted (`fit_weights`) from the activations of the sections chosen before it towards the
-teacher's, which makes good what those spoil.
+teacher's, which makes good what those spoil. What a layer's errors count, `sensitivity` may say.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from dcq_ray.data import Part, Splits
 from dcq_ray.phases.context import Network
+from dcq_ray.phases.sensitivity import output_metrics
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
 from dcq_ray.phases.train import trained_section
@@ -38,6 +39,8 @@ Refit = Callable[[int, Pairs], GraphModule]
 MAX_JUDGED_SAMPLES = 1000
 # More sections are put together to so many groups, since each group costs a pass through all behind it.
 MAX_GROUPS = 12
+# Where predictions count: of what a sum lacks about half is lost at the activation behind it, so half of it is made good.
+SHARE_MADE_GOOD = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +80,18 @@ def refit_sections(
     teacher = [section.to(device).eval() for section in network.sections]
     num_calibrating = -(-CALIBRATION_SAMPLES // job.data.batch_size)
 
+    train = batches(splits.train, job.train.start_samples)
+    metrics, made_good = None, 1.0
+    if job.reduce.refit_metric == "predictions":
+        metrics = output_metrics(teacher, {layer.module for layer in context.plan.layers}, train, seed=job.seed)
+        made_good = SHARE_MADE_GOOD
+
     def refit(index: int, pairs: Pairs) -> GraphModule:
         module: GraphModule = copy.deepcopy(network.sections[index])
         layers = context.plan.sections[index].layers
         seen = [ours.clone() for ours, _ in pairs[:num_calibrating]]
         put_quantizers(module, layers, activation_starts(module, layers, seen))
-        fit_weights(module, network.sections[index], pairs, seed=job.seed)
+        fit_weights(module, network.sections[index], pairs, seed=job.seed, metrics=metrics, made_good=made_good)
         if job.reduce.reestimate_batchnorm and has_batchnorm(module):
             # As a trained section's, on its own inputs.
             reestimate_batchnorm(module, (ours.clone() for ours, _ in pairs), device)
@@ -93,7 +102,7 @@ def refit_sections(
         [trained_section(context, result, network).to(device) for result in results],
         refit,
         held_out=batches(splits.held_out, MAX_JUDGED_SAMPLES),
-        train=batches(splits.train, job.train.start_samples),
+        train=train,
     )
     labels = splits.held_out.labels
 
