@@ -136,8 +136,8 @@ def _finish_seconds(costs: Sequence[SectionCosts], job: Job, counts: SampleCount
     waterfall = 2 * whole + sum(sum(forward[index + 1 :]) for index in waterfall_steps(len(forward)))
     refits = 0.0
     if job.reduce.refit:
-        # Two fits of each section, and each end tried in front of the sections behind.
-        tried = 2 * sum(sum(forward[index:]) for index in range(len(forward)))
+        # Two fits of each section, each end tried in front of the sections behind, and all refitted together.
+        tried = 2 * sum(sum(forward[index:]) for index in range(len(forward))) + whole
         fits = 2 * sum(cost.start_seconds for cost in costs)
         if job.reduce.refit_metric == "predictions":
             num_batches = min(job.train.start_samples, counts.train) / min(job.train.batch_size, counts.train)
