@@ -236,7 +236,10 @@ class ReduceSpec(SpecModel):
     """Recompute BatchNorm statistics on the stitched student's own activations."""
     refit: bool = False
     """Try every section fitted anew, on the teacher's activations and on the stitched student's own, in place of its training,
-    and take what is better on held-out images; no gradients, no labels."""
+    and take what is better on held-out images; no training, no labels."""
+    refit_metric: Literal["outputs", "predictions"] = "predictions"
+    """refit only. outputs: a layer's fit is of every output channel's own squared error; predictions: of all channels' errors
+    together, by what they do to the teacher's predictions, which one backward pass of the teacher tells."""
     rounds: Literal[1] = 1
     """Only 1: a section is trained once; `train.inputs: student` does better what rounds on the student's own inputs would."""
     polish_epochs: Count = 0

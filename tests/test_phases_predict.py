@@ -54,6 +54,19 @@ def test_predictions_by_hand(job_document: dict[str, Any]) -> None:
     assert found.makespan_seconds == found.dump_seconds + found.train_seconds + found.reduce_seconds
 
 
+def test_refitting_costs_two_fits_of_each_section_and_the_tries_of_both_ends(job_document: dict[str, Any]) -> None:
+    def seconds(**reduce: Any) -> float:
+        job = _job({**job_document, "reduce": {**job_document.get("reduce", {}), **reduce}}, batch_size=32)
+        return predict(_costs(0.5, 0.2), job, COUNTS, 1).reduce_seconds
+
+    # Each end in front of what is behind, 2 + 1 sections, and all together, on 100 held-out images.
+    plain = 2 * (1 + 1) + (2 * 3 + 2) * 100 * 0.01
+    assert seconds(refit=True, refit_metric="outputs") - seconds() == pytest.approx(plain)
+    # Slower fits, and a backward pass over 320 images: two thirds of 10 steps of both.
+    coupled = 1.7 * 2 * (1 + 1) + 2 / 3 * 10 * 0.7 + (2 * 3 + 2) * 100 * 0.01
+    assert seconds(refit=True) - seconds() == pytest.approx(coupled)
+
+
 def test_recomputing_costs_the_teacher_up_to_a_sections_end_and_no_dump(job_document: dict[str, Any]) -> None:
     costs = _costs(0.5, 0.2, 0.1)
     stored, recomputed = (

@@ -46,13 +46,40 @@ def test_an_end_is_taken_only_where_the_whole_network_is_better() -> None:
     trained = [times(2, 2), times(1.5, 1.5), times(1, 1)]
     chosen = choose_ends(TEACHER, trained, refit, held_out=IMAGES, train=IMAGES)
     # Trained: 2 x 1.5 x 1. The second at its start gives 2 x 1, fitted behind the first 2 x 0.5; then there is nothing to gain.
-    assert asked == [(0, 1.0), (1, 1.0), (1, 0.5), (2, 1.0), (2, 1.0)]
+    # Beside it all are fitted behind the fitted ones: 3 x 1/3 x 1, which is no better.
+    assert [index for index, _ in asked] == [0, 1, 1, 1, 2, 2, 2]
+    assert [factor for _, factor in asked] == pytest.approx([1.0, 1.0, 0.5, 1 / 3, 1.0, 1.0, 1.0])
     assert chosen.ends == ("trained", "refitted", "trained")
     assert chosen.modules[0] is trained[0]
     assert chosen.modules[2] is trained[2]
     assert torch.equal(chosen.before, 3 * torch.cat(IMAGES))
     assert torch.equal(chosen.after, torch.cat(IMAGES))
     assert torch.equal(chosen.reference, torch.cat(IMAGES))
+
+
+def test_all_refitted_are_taken_where_one_alone_would_be_no_better() -> None:
+    def refit(index: int, pairs: Pairs) -> GraphModule:
+        # What the first gives as it was trained is more than the second can make good.
+        return times(1, 1) if factor_of(pairs) == 1 else times(3, 3)
+
+    # Together they give 0.8; the first at its start in front of the second 0.4, the second behind the first 2 or 6.
+    trained = [times(2, 2), times(0.4, 0.4)]
+    chosen = choose_ends(TEACHER[:2], trained, refit, held_out=IMAGES, train=IMAGES)
+    assert chosen.ends == ("start", "refitted")
+    assert torch.equal(chosen.after, chosen.reference)
+
+
+def test_fits_are_made_once_where_all_refitted_is_what_was_chosen() -> None:
+    asked: list[int] = []
+
+    def refit(index: int, pairs: Pairs) -> GraphModule:
+        asked.append(index)
+        return times(factor_of(pairs), factor_of(pairs)) if index else times(1.1, 1.1)
+
+    trained = [times(3, 3), times(3, 3), times(3, 3)]
+    chosen = choose_ends(TEACHER, trained, refit, held_out=IMAGES, train=IMAGES)
+    assert chosen.ends[:2] == ("start", "refitted")
+    assert asked == [0, 1, 1, 2, 2]
 
 
 def test_a_training_that_did_harm_is_undone_by_the_start() -> None:

@@ -148,6 +148,28 @@ def test_the_students_inputs_may_be_others_than_the_teachers() -> None:
     assert fit.error_after > 0.8
 
 
+def test_a_metric_puts_the_errors_where_they_cost_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher = symbolic_trace(nn.Sequential(nn.Linear(12, 8)).eval().requires_grad_(False))
+    values = torch.randn(512, 12) @ torch.randn(12, 12)
+    # One direction of the outputs counts a hundred times as much as the others.
+    direction = torch.randn(8)
+    metrics = {"0": 100 * torch.outer(direction, direction) + torch.eye(8), "absent": torch.eye(3)}
+
+    def weight_and_cost(metrics: dict[str, Tensor] | None) -> tuple[Tensor, float]:
+        student = student_of(teacher, [layer_plan("0", "Linear")])
+        fit_weights(student, teacher, [(values, values)], seed=0, metrics=metrics)
+        layer = student.get_submodule("0")
+        return layer.weight.detach(), float(((student(values) - teacher(values)) @ direction).square().mean())  # type: ignore[operator, union-attr]
+
+    (alone, cost_alone), (together, cost_together) = weight_and_cost(None), weight_and_cost(metrics)
+    assert cost_together < 0.5 * cost_alone
+    assert weight_and_cost({"0": torch.eye(8)})[0].equal(alone)
+    monkeypatch.setattr("dcq_ray.quantizers.fitted.MAX_COUPLED_WEIGHTS", 95)
+    assert weight_and_cost(metrics)[0].equal(alone)
+    assert not together.equal(alone)
+
+
 def test_a_tied_layer_is_fitted_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, symbolic_trace
 
 from dcq_ray.quantizers import fit_weights, fitted, put_quantizers
+from dcq_ray.quantizers.moments import moments_of
 from dcq_ray.quantizers.sums import Summand, summands
 from dcq_ray.records import LayerPlan
 
@@ -140,3 +141,17 @@ def test_a_fit_that_knows_the_sum_comes_nearer_to_the_teachers(monkeypatch: pyte
     with_sums = error()
     monkeypatch.setattr(fitted, "summands", lambda _: {})
     assert with_sums < error()
+
+
+def test_a_share_of_what_a_sum_lacks_is_a_share_of_the_way() -> None:
+    block = traced(torch.add, norm=False)
+    summand, layer = summands(block)["last"], block.get_submodule("last")
+    value, ours, theirs = (torch.randn(5, 6, 4, 4) for _ in range(3))
+
+    def wanted(share: float) -> Tensor:
+        found = moments_of(layer, layer, [((value, ours), (value, theirs))], summand, 0, share)
+        assert found is not None
+        return found.wanted
+
+    assert torch.allclose(wanted(0.25), wanted(0.0) + 0.25 * (wanted(1.0) - wanted(0.0)), atol=1e-6)
+    assert not torch.allclose(wanted(1.0), wanted(0.0), atol=1e-3)

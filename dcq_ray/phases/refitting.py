@@ -3,7 +3,7 @@
 A section is trained alone, on what the teacher gives it. A few steps may lower its own loss and still cost the network, where
 errors add up. So from the first section to the last each is tried at its other ends, the others as they are: at its start, fitted
 on the teacher's own activations, and fitted (`fit_weights`) from the activations of the sections chosen before it towards the
-teacher's, which makes good what those spoil.
+teacher's, which makes good what those spoil. What a layer's errors count, `sensitivity` may say.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from dcq_ray.data import Part, Splits
 from dcq_ray.phases.committed import trained_section
 from dcq_ray.phases.context import Network
+from dcq_ray.phases.sensitivity import output_metrics
 from dcq_ray.phases.sources import CALIBRATION_SAMPLES
 from dcq_ray.phases.starting import MAX_START_INPUT_BYTES
 from dcq_ray.quantizers import activation_starts, fit_weights, put_quantizers
@@ -38,6 +39,8 @@ Refit = Callable[[int, Pairs], GraphModule]
 MAX_JUDGED_SAMPLES = 1000
 # More sections are put together to so many groups, since each group costs a pass through all behind it.
 MAX_GROUPS = 12
+# Where predictions count: of what a sum lacks about half is lost at the activation behind it, so half of it is made good.
+SHARE_MADE_GOOD = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +80,18 @@ def refit_sections(
     teacher = [section.to(device).eval() for section in network.sections]
     num_calibrating = -(-CALIBRATION_SAMPLES // job.data.batch_size)
 
+    train = batches(splits.train, job.train.start_samples)
+    metrics, made_good = None, 1.0
+    if job.reduce.refit_metric == "predictions":
+        metrics = output_metrics(teacher, {layer.module for layer in context.plan.layers}, train, seed=job.seed)
+        made_good = SHARE_MADE_GOOD
+
     def refit(index: int, pairs: Pairs) -> GraphModule:
         module: GraphModule = copy.deepcopy(network.sections[index])
         layers = context.plan.sections[index].layers
         seen = [ours.clone() for ours, _ in pairs[:num_calibrating]]
         put_quantizers(module, layers, activation_starts(module, layers, seen))
-        fit_weights(module, network.sections[index], pairs, seed=job.seed)
+        fit_weights(module, network.sections[index], pairs, seed=job.seed, metrics=metrics, made_good=made_good)
         if job.reduce.reestimate_batchnorm and has_batchnorm(module):
             # As a trained section's, on its own inputs.
             reestimate_batchnorm(module, (ours.clone() for ours, _ in pairs), device)
@@ -93,7 +102,7 @@ def refit_sections(
         [trained_section(context, result, network).to(device) for result in results],
         refit,
         held_out=batches(splits.held_out, MAX_JUDGED_SAMPLES),
-        train=batches(splits.train, job.train.start_samples),
+        train=train,
     )
     labels = splits.held_out.labels
 
@@ -132,7 +141,9 @@ def choose_ends(
     """Choose an end of every section by the divergence of the network's predictions from the teacher's on held-out images.
 
     It begins with all sections as trained. From the first group of sections to the last the other ends are tried, the groups
-    before as chosen, those behind as they are, and another is kept where the divergence is lower.
+    before as chosen, those behind as they are, and another is kept where the divergence is lower. At last all sections
+    refitted, each behind the refitted ones, take the place of what was chosen where they are better still: in front of
+    trained sections a refitted one does not show all that it is worth.
 
     Args:
         teacher: its sections, in eval mode.
@@ -144,21 +155,31 @@ def choose_ends(
         reference = torch.cat(_through(teacher, held_out))
         before = after = torch.cat(_through(_running(current), held_out))
         least = divergence(after, reference)
-        judged, ours, theirs = held_out, train, train
+        judged, ours, theirs, followed = held_out, train, train, train
+        chain: list[_Candidate] = []
         for group in groups(len(trained)):
             members = slice(group.start, group.stop)
-            others: tuple[tuple[End, Sequence[Tensor]], ...] = (("start", theirs), ("refitted", ours))
-            for end, inputs in others:
-                # Before the first section both networks have the same, and the two are one.
-                if end == "refitted" and ours is theirs and len(group) == 1:
-                    continue
-                other = list(_fitted(end, group, refit, teacher, inputs, theirs))
+            others = {"start": list(_fitted("start", group, refit, teacher, theirs, theirs))}
+            # Before the first section both networks have the same, and the two are one.
+            if ours is not theirs or len(group) > 1:
+                others["refitted"] = list(_fitted("refitted", group, refit, teacher, ours, theirs))
+            for other in others.values():
                 logits = torch.cat(_through(_running([*other, *current[group.stop :]]), judged))
                 found = divergence(logits, reference)
                 if found < least:
                     least, after, current[members] = found, logits, other
+            # As long as what was chosen is the chain, its next sections are fitted already.
+            link = others.get("refitted", others["start"])
+            if followed is not ours:
+                link = list(_fitted("refitted", group, refit, teacher, followed, theirs))
+            chain += link
+            is_chain = followed is ours and all(a is b for a, b in zip(current[members], link, strict=True))
             judged, ours = (_through(_running(current[members]), batches) for batches in (judged, ours))
+            followed = ours if is_chain else _through(_running(link), followed)
             theirs = _through(teacher[members], theirs)
+        logits = torch.cat(_through(_running(chain), held_out))
+        if divergence(logits, reference) < least:
+            current, after = chain, logits
     return Chosen(
         ends=tuple(candidate.end for candidate in current),
         modules=tuple(candidate.module for candidate in current),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from dcq_ray.quantizers.coupling import couple
 from dcq_ray.quantizers.descent import descend, descend_with_scale, errors
 from dcq_ray.quantizers.levels import latents_on, level_numbers, weight_levels
 from dcq_ray.quantizers.modules import WeightQuantizer
@@ -37,6 +38,8 @@ MAX_FITTED_BITS = 4
 # A fit of so many weights takes some seconds of one core; the moments of so many inputs take a gigabyte.
 MAX_FITTED_WEIGHTS = 4_000_000
 MAX_FITTED_INPUTS = 5_000
+# Rows that are chosen together are descended one by one, which for so many weights takes some seconds.
+MAX_COUPLED_WEIGHTS = 2**18
 # Added to the diagonal of the moments, as a share of its mean, so that inputs which are always 0 count a little.
 RIDGE = 1e-4
 # So many of N inputs count as samples in which inputs are independent, and the wanted weights are the teacher's: few images say
@@ -62,6 +65,8 @@ def fit_weights(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     seed: int,
+    metrics: Mapping[str, Tensor] | None = None,
+    made_good: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[LayerFit, ...]:
     """Move a student's latent weights, in place, to where its layers give most nearly what the teacher's give.
@@ -75,6 +80,8 @@ def fit_weights(
         teacher: in eval mode, of the same graph.
         batches: inputs [B, ...] of the student and of the teacher, from the same images.
         seed: of the places that take part.
+        metrics: of layers of at most 262,144 weights, by name: what their rows' errors cost together, [R, R] (`coupling`).
+        made_good: the share of what a sum lacks that is put into the wanted outputs of its last summand.
         clock: by which the seconds are told.
     """
     kept = list(batches)
@@ -110,9 +117,10 @@ def fit_weights(
                 for walk, calls, nodes in zip(walks, (ours, theirs), named, strict=True)
             ]
             started = clock()
-            moments = moments_of(layer, modules[name], zip(*pairs, strict=True), summand, seed)
+            moments = moments_of(layer, modules[name], zip(*pairs, strict=True), summand, seed, made_good)
             seconds = clock() - started
-            fit = None if moments is None else _fit_layer(layer, modules[name], moments, name in free)
+            metric = (metrics or {}).get(name)
+            fit = None if moments is None else _fit_layer(layer, modules[name], moments, name in free, metric)
             if fit is not None:
                 errors_before, errors_after = fit
                 fits.append(
@@ -138,7 +146,9 @@ def fit_num_bytes(student: GraphModule, batch_size: int) -> int:
     return max((moments_num_bytes(layer, batch_size) for layer in fitted), default=0)
 
 
-def _fit_layer(layer: Any, teacher_layer: nn.Module, moments: Moments, scale_free: bool) -> tuple[float, float] | None:
+def _fit_layer(
+    layer: Any, teacher_layer: nn.Module, moments: Moments, scale_free: bool, metric: Tensor | None
+) -> tuple[float, float] | None:
     """Fit one layer, and give its error before and after; None where there is nothing to gain: a scale or all outputs are 0."""
     centred = scale_free or layer.bias is not None
     square, cross, variance = moments.centred() if centred else moments.plain()
@@ -161,6 +171,9 @@ def _fit_layer(layer: Any, teacher_layer: nn.Module, moments: Moments, scale_fre
         chosen, factor = descend_with_scale(
             square, cross, levels, numbers, per_row=quantizer.scheme in PER_CHANNEL_SCHEMES
         )
+    if metric is not None and latent.numel() <= MAX_COUPLED_WEIGHTS:
+        scaled = levels if scale_free else levels * factor
+        chosen = couple(square, cross, scaled, chosen, metric, scale_free=scale_free)
     wanted = levels.expand(-1, len(before)).t().gather(1, chosen).reshape(latent.shape)
     latent.copy_(latents_on(quantizer, latent, wanted, (chosen != numbers).reshape(latent.shape)))
     if not scale_free:

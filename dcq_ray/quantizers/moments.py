@@ -62,8 +62,11 @@ def moments_of(
     inputs: Iterable[tuple[Seen, Seen]],
     summand: Summand | None,
     seed: int,
+    made_good: float = 1.0,
 ) -> Moments | None:
     """Of batches that the layer gets in the student and in the teacher, and of what its output is added to there.
+
+    `made_good` is the share of what the sum lacks that the outputs are to make good.
 
     None where a number is not finite.
     """
@@ -83,7 +86,8 @@ def moments_of(
                 _outputs(layer, value, like, places) for value, like in ((our_other, ours), (their_other, theirs))
             ]
             if others[0] is not None and others[1] is not None:
-                y = y + summand.shift(others[0], others[1]).reshape(-1, *y.shape[::2]).transpose(0, 1)
+                lacking = made_good * summand.shift(others[0], others[1])
+                y = y + lacking.reshape(-1, *y.shape[::2]).transpose(0, 1)
         parts = (x.sum(1), x.transpose(1, 2) @ x, y.sum(1), y.transpose(1, 2) @ x, y.square().sum(1))
         sums = [part.double() for part in parts] if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
         count += x.shape[1]
