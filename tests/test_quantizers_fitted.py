@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,8 @@ def test_a_metric_puts_the_errors_where_they_cost_less(monkeypatch: pytest.Monke
         student = student_of(teacher, [layer_plan("0", "Linear")])
         fit_weights(student, teacher, [(values, values)], seed=0, metrics=metrics)
         error = (student(values) - teacher(values)) @ direction
-        return student.get_parameter("0.weight").detach(), float(error.square().mean())
+        weight: Any = student.get_submodule("0").weight
+        return weight.detach(), float(error.square().mean())
 
     (alone, cost_alone), (together, cost_together) = weight_and_cost(None), weight_and_cost(metrics)
     assert cost_together < 0.5 * cost_alone
