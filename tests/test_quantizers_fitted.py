@@ -159,8 +159,8 @@ def test_a_metric_puts_the_errors_where_they_cost_less(monkeypatch: pytest.Monke
     def weight_and_cost(metrics: dict[str, Tensor] | None) -> tuple[Tensor, float]:
         student = student_of(teacher, [layer_plan("0", "Linear")])
         fit_weights(student, teacher, [(values, values)], seed=0, metrics=metrics)
-        layer = student.get_submodule("0")
-        return layer.weight.detach(), float(((student(values) - teacher(values)) @ direction).square().mean())  # type: ignore[operator, union-attr]
+        weight: Tensor = student.get_submodule("0").weight.detach()  # type: ignore[operator, union-attr, assignment]
+        return weight, float(((student(values) - teacher(values)) @ direction).square().mean())
 
     (alone, cost_alone), (together, cost_together) = weight_and_cost(None), weight_and_cost(metrics)
     assert cost_together < 0.5 * cost_alone
