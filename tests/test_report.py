@@ -393,11 +393,13 @@ def test_advice_by_hand(report: RunReport) -> None:
     # Steps that take several sections say so, and make no offer.
     grouped = advice(diagnosed(report, (0.97, 0.92), after=(0, 2)))[0]
     assert grouped == "Sections 1 to 2 cost 5.0 of the 5.0 points (on 200 held-out images)."
-    spread = advice(diagnosed(report, (0.955, 0.94, 0.93), teacher_score=0.968))
+    spread = advice(diagnosed(report, (0.955, 0.935, 0.925), teacher_score=0.968))
     assert [sentence for sentence in spread if "cost" in sentence] == [
-        "Section 1 costs 1.5 of the 3.8 points (on 200 held-out images); 4 bits there would take 2.4 KiB more: "
+        "Section 1 costs 2.0 of the 4.3 points (on 200 held-out images); 4 bits there would take 2.4 KiB more: "
         'quantize.overrides "section:1": {scheme: lsq, bits: 4}.'
     ]
+    # Three images of 200 may turn by chance.
+    assert not [sentence for sentence in advice(diagnosed(report, (0.97, 0.955, 0.955))) if "cost" in sentence]
     dead = LayerDiagnosis(module="conv1", level_shares=(), num_channels=64, num_constant_channels=12)
     assert advice(diagnosed(report, layers=(dead,)))[-1].startswith("12 of 64 outputs of conv1 are the same on all 200")
     kept = (section(0, kept_start=True), section(1), section(2, kept_start=True))

@@ -9,6 +9,8 @@ from dcq_ray.report.words import number, percent, size
 # Of the loss between teacher and student: below it nothing is to be gained, above it a section stands out.
 LEAST_LOSS = 0.005
 LEAST_SHARE = 0.3
+# Where k images are lost and none is won, the standard error of their number is the root of k: two of it are all of 4.
+LEAST_IMAGES = 4
 # Of the error at the student's end to that of the last section alone.
 DRIFT_RATIO = 1.5
 WAIT_SHARE = 0.05
@@ -49,7 +51,7 @@ def _costly_section(report: RunReport) -> list[str]:
     total = diagnosis.teacher_score - diagnosis.scores[-1]
     step = max(range(len(diagnosis.losses)), key=lambda index: diagnosis.losses[index])
     loss = diagnosis.losses[step]
-    if total < LEAST_LOSS or loss < LEAST_SHARE * total:
+    if total < LEAST_LOSS or loss < LEAST_SHARE * total or round(loss * diagnosis.num_samples) < LEAST_IMAGES:
         return []
     first = 0 if step == 0 else diagnosis.after[step - 1] + 1
     last = diagnosis.after[step]
