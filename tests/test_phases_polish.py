@@ -143,7 +143,9 @@ def test_a_polish_that_is_stopped_saves_itself_first(job_document: dict[str, Any
 
     with pytest.raises(Stopped):
         polished(job_document, tmp_path, "stopped", StopsInPolish(), stop)
-    saved = sorted(int(path.stem.partition("-")[0]) for path in (tmp_path / "stopped" / "polish").rglob("*.safetensors"))
+    saved = sorted(
+        int(path.stem.partition("-")[0]) for path in (tmp_path / "stopped" / "polish").rglob("*.safetensors")
+    )
     # One of the end of an epoch may be there, too.
     assert saved[-1] in (10, 11)
     assert polished(job_document, tmp_path, "stopped", []).student == whole.student
