@@ -143,7 +143,7 @@ def test_other_tensors_in_the_teachers_file_are_said(runs: Runs) -> None:
 def test_other_library_versions_are_said(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.run()
     before = runs.attempts()
-    for name in ("opening", "train", "prepare", "reporting"):
+    for name in ("opening", "committed", "prepare", "reporting"):
         module = sys.modules[f"dcq_ray.phases.{name}"]
         monkeypatch.setattr(module, "library_versions", lambda: {"torch": "99.0", "dcq_ray": "99.1", "python": "3.99"})
     report, lines = runs.run()

@@ -18,8 +18,10 @@ from dcq_ray.records import (
     BaselineReport,
     BitsWork,
     Boundary,
+    Card,
     Current,
     Diagnosis,
+    GpuMemory,
     LayerDiagnosis,
     LayerPlan,
     LossPoint,
@@ -229,10 +231,13 @@ CURRENT = Current(
     score=0.75,
     published_at="2026-01-01T00:00:00+00:00",
 )
+CARD = Card(name="NVIDIA H200", total_bytes=139 * 2**30)
+GPU_MEMORY = GpuMemory(key="k", card=CARD, section_bytes=(2**30, 2**31), dump_bytes=2**29, score_bytes=2**28)
 EVERY_RECORD = [
     *(INPUT, CONV, PLAN.sections[1], PLAN, SHARDS[0], MANIFEST, CONTEXT, SectionTask(index=0, digest="t"), CURVE[0]),
     *(RESULT, FAILURE, MEASUREMENT, TEACHER, STUDENT, BASELINE, SECTION, VALIDATION, CPU_SECONDS, TIMINGS),
     *(BITS_WORK, REPORT, UNFINISHED_REPORT, PROGRESS, STATUS, MERGE_STEP, CURRENT, LAYER_DIAGNOSIS, DIAGNOSIS),
+    *(CARD, GPU_MEMORY),
 ]
 
 
