@@ -128,5 +128,6 @@ def test_a_run_with_kills_of_all_kinds_gives_the_undisturbed_student(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] >= 2
+    # Moments are those of the undisturbed run: where that had less of the machine, some come after the end of the other.
+    assert found["kills"] >= 1
     assert (found["failed"], found["differing"]) == (0, 0)
