@@ -210,10 +210,12 @@ def switches(job: dict[str, Any]) -> str:
     train = {name: value for name, value in job["train"].items() if value != plain.get(name) and name not in budget}
     merge = {
         name: job["reduce"][name]
-        for name, without in (("rounds", 1), ("refit", False), ("polish_epochs", 0))
-        # Jobs of before a switch was there have it off.
-        if job["reduce"].get(name, without) != without
+        for name, without in (("rounds", 1), ("polish_epochs", 0))
+        if job["reduce"][name] != without
     }
+    # Jobs of before there was a choice have the plain one.
+    if job["reduce"].get("refit"):
+        merge["refit"] = job["reduce"].get("refit_metric", "outputs")
     told = [f"{name} {json.dumps(value)}" for name, value in {**train, **merge}.items()]
     return ", ".join(told) or "plain"
 
