@@ -78,3 +78,10 @@ def test_the_page_adds_a_batch_to_what_is_kept(tmp_path: Path) -> None:
     assert main([str(tmp_path / "batch"), "--output", str(output), "--kept", str(kept)]) == 0
     assert _scores(read_kept(kept)) == [0.82, 0.9]
     assert "86.00 ± 5.66" in output.read_text()
+
+
+def test_the_committed_page_is_of_the_committed_runs() -> None:
+    folder = Path(__file__).parents[1] / "jobs" / "paper"
+    runs = read_kept(folder / "results.json")
+    assert runs
+    assert page(runs) == (folder / "README.md").read_text()
