@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,8 @@ def test_sections_share_a_card_by_what_was_measured_and_a_resumed_run_does_not_m
     log = tmp_path / "log"
     log.mkdir()
 
+    made = result_of(SectionTask(index=0, digest=""))
+
     # Within the test, so that they travel to the workers by value.
     def measure(context: RunContext) -> GpuMemory:
         (log / "measured").write_text(str(ray.get_runtime_context().get_assigned_resources()["GPU"]))
@@ -286,23 +289,7 @@ def test_sections_share_a_card_by_what_was_measured_and_a_resumed_run_does_not_m
             others = [path for path in log.glob("began-*") if not (log / path.name.replace("began", "ended")).exists()]
             (log / f"beside-{task.index}").write_text(str(len(others)))
             (log / f"ended-{task.index}").touch()
-            return SectionResult(
-                index=task.index,
-                task_digest=task.digest,
-                epoch=1,
-                attempt="a",
-                weights_sha256="",
-                initial_loss=None,
-                final_loss=None,
-                num_steps=0,
-                num_sample_passes=0,
-                seconds=1.0,
-                cpu_seconds=1.0,
-                input_wait_seconds=0.0,
-                device="cuda",
-                restarts=restarts,
-                loss_curve=(),
-            )
+            return replace(made, index=task.index, task_digest=task.digest, restarts=restarts)
 
     document = {**job_document, "teacher": {"model": "user_nets:user_net", "min_top1": 0}}
     job = resolve_job(document, source="test")

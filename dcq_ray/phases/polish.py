@@ -77,10 +77,15 @@ def attempt_step(
     earlier = copy.deepcopy(student.state_dict())
     score_before = judge(student)
     change()
-    score_after = judge(student)
-    accepted = not roll_back or score_after >= score_before
-    if not accepted:
+    step = judged_step(name, score_before, judge(student), roll_back=roll_back)
+    if not step.accepted:
         student.load_state_dict(earlier)
+    return step
+
+
+def judged_step(name: str, score_before: float, score_after: float, *, roll_back: bool) -> MergeStep:
+    """A step of a merge, taken back where `roll_back` is on and it got worse."""
+    accepted = not roll_back or score_after >= score_before
     return MergeStep(name=name, score_before=score_before, score_after=score_after, accepted=accepted)
 
 

@@ -23,7 +23,7 @@ from dcq_ray.digests import json_sha256
 from dcq_ray.phases import num_at_once
 from dcq_ray.phases.committed import section_weights, trained_section
 from dcq_ray.phases.kept_merge import keep_merge, merge_key
-from dcq_ray.phases.polish import Judge
+from dcq_ray.phases.polish import Judge, judged_step
 from dcq_ray.phases.reduce import BATCHNORM_STEP, adapt_batchnorm
 from dcq_ray.records import MergeStep, RunContext, seal_json, unseal_json
 from dcq_ray.search.library import Library
@@ -181,13 +181,9 @@ def _measure(library: Library, group: Sequence[tuple[int, ...]], judge: Judge, s
         steps: tuple[MergeStep, ...] = ()
         score, accepted = after[number], True
         if before is not None:
-            accepted = after[number] >= before[number]
-            score = max(after[number], before[number])
-            steps = (
-                MergeStep(
-                    name=BATCHNORM_STEP, score_before=before[number], score_after=after[number], accepted=accepted
-                ),
-            )
+            step = judged_step(BATCHNORM_STEP, before[number], after[number], roll_back=True)
+            steps, accepted = (step,), step.accepted
+            score = step.score_after if accepted else step.score_before
         members = [library.members[member] for member in choices]
         layers = [layer for k, member in enumerate(members) for layer in member.context.plan.sections[k].layers]
         states = [section_weights(member.context, member.results[k]) for k, member in enumerate(members)]
